@@ -1,0 +1,1 @@
+"""HeteGenCTR: generative click-through-rate models with per-field difficulty, on TorchRec."""

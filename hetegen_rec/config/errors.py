@@ -1,0 +1,13 @@
+"""The one error type that a wrong configuration raises, and the strict base of all sections."""
+
+from pydantic import BaseModel, ConfigDict
+
+
+class ConfigError(ValueError):
+    """A configuration is wrong. The message names the key, what was found, and the fix."""
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys are errors, values are never coerced silently."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)

@@ -1,0 +1,363 @@
+"""Everything that defines a run, one section a component. Defaults are meant to be usable."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import (
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+from hetegen_rec.config.errors import Section
+from hetegen_rec.config.schema import Schema
+
+Stage: TypeAlias = Literal["pretrain", "finetune", "joint", "scratch"]
+Split: TypeAlias = Literal["train", "valid", "test"]
+BalanceForm: TypeAlias = Literal[
+    "uniform",
+    "literal",
+    "difficulty",
+    "informative",
+    "progress",
+    "aligned",
+    "conditional",
+    "uncertainty",
+    "dwa",
+    "gradnorm",
+]
+AttentionGuidance: TypeAlias = Literal["none", "query", "query_key", "key_bias", "residual"]
+ShardingKind: TypeAlias = Literal[
+    "data_parallel",
+    "table_wise",
+    "column_wise",
+    "row_wise",
+    "table_row_wise",
+    "table_column_wise",
+    "grid_shard",
+]
+TableOptimizer: TypeAlias = Literal[
+    "rowwise_adagrad", "adagrad", "sgd", "adam", "partial_rowwise_adam", "lamb"
+]
+CommunicationPrecision: TypeAlias = Literal["fp32", "fp16", "bf16", "int8"]
+
+Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+def _as_tuple(value: object) -> object:
+    if isinstance(value, str):
+        return (value,)
+    return tuple(value) if isinstance(value, list) else value
+
+
+Paths: TypeAlias = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+
+
+class SourceConfig(Section):
+    """A data set that the project can bring itself, written as raw Parquet under `data.raw_dir`."""
+
+    name: Literal["movielens-100k", "synthetic"]
+    """`movielens-100k` (taken from a pinned package at run time) or `synthetic`."""
+    rows: PositiveInt = 100_000
+    """`synthetic` only: rows over all splits."""
+    id_cardinality: PositiveInt = 10_000
+    """`synthetic` only: distinct values of each high-cardinality id."""
+    seed: NonNegativeInt = 0
+    """`synthetic` only: seed of the generating process."""
+
+
+class DataConfig(Section):
+    """Where rows come from and how they are read."""
+
+    source: SourceConfig | None = None
+    """A built-in data set to bring first; none for your own data."""
+    raw_dir: str | None = None
+    """Where a built-in data set is written."""
+    train: Paths = ()
+    """Raw files of the training split: paths or globs of Parquet, CSV or TSV files (one format)."""
+    valid: Paths = ()
+    """Raw files of the validation split."""
+    test: Paths = ()
+    """Raw files of the test split; may be left out."""
+    prepared_dir: str
+    """Where `prepare` writes statistics, vocabularies and encoded shards."""
+    encode: Literal["prepared", "on_the_fly"] = "prepared"
+    """Train from encoded shards, or encode raw shards while reading (no second copy of the data)."""
+    rows_per_group: PositiveInt = 65_536
+    """Rows of a row group in the encoded shards: the unit in which readers fetch."""
+    shuffle: bool = True
+    """Shuffle the training rows anew in every epoch."""
+    shuffle_rows: PositiveInt = 1_000_000
+    """Rows held in memory per lane to shuffle among."""
+    prefetch_batches: PositiveInt = 4
+    """Batches made ahead by the reader's background thread."""
+    lanes: PositiveInt | None = None
+    """Equal shares into which an epoch is cut; each rank reads lanes / ranks of them. Runs with the
+    same number of lanes train on the same rows in every step, whatever the number of ranks.
+    Default: one a rank."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_source_paths(cls, values: object) -> object:
+        if not isinstance(values, dict) or not values.get("source") or not values.get("raw_dir"):
+            return values
+        for split in ("train", "valid", "test"):
+            values.setdefault(split, (f"{values['raw_dir']}/{split}/*.parquet",))
+        return values
+
+    @model_validator(mode="after")
+    def _check(self) -> "DataConfig":
+        if self.source and not self.raw_dir:
+            raise ValueError("`source` needs `raw_dir`: the directory to write the raw data to")
+        for split in ("train", "valid"):
+            if not getattr(self, split):
+                raise ValueError(f"`{split}` is empty; name the raw files of that split")
+        return self
+
+    def raw_paths(self, split: Split) -> tuple[str, ...]:
+        """Paths and globs of one split's raw files; empty if the split was left out."""
+        paths: tuple[str, ...] = getattr(self, split)
+        return paths
+
+
+class AttentionConfig(Section):
+    """Self-attention of the denoiser and how difficulty guides it (METHOD section 6)."""
+
+    num_heads: PositiveInt = 2
+    guidance: AttentionGuidance = "residual"
+    """Where the gain g_f = sqrt(w_f) acts: `query`, `query_key`, `key_bias` (s_j - mean s added to
+    the logits), `residual` (scales the attention branch), or `none`."""
+
+
+class DenoiserConfig(Section):
+    """The transformer that sees the (corrupted) tokens of a row."""
+
+    num_layers: NonNegativeInt = 2
+    feedforward_multiplier: PositiveInt = 2
+    dropout: Probability = 0.0
+    attention: AttentionConfig = AttentionConfig()
+
+
+class NoiseConfig(Section):
+    """The corruption process (METHOD section 3)."""
+
+    t_min: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
+    """Smallest noise level; t is drawn from U(t_min, 1), stratified over the batch."""
+    kind: Literal["mask", "marginal"] = "mask"
+    """`mask`: absorbing [MASK] vectors; `marginal`: full-softmax fields may instead take the value
+    of another row."""
+    marginal_fraction: Probability = 0.2
+    """`marginal` only: share of the noised cells that take another row's value."""
+    whole_sequence: Probability = 0.2
+    """Probability that a sequence is masked as a whole, so that it is learnt from its context."""
+    label_in_set: bool = True
+    """Diffuse the label too, as one more element of the set."""
+
+
+class ReconstructionConfig(Section):
+    """Heads that predict the masked cells (METHOD section 4)."""
+
+    full_softmax_max: NonNegativeInt = 1024
+    """Vocabularies up to this size get a full softmax, larger ones a sampled softmax."""
+    num_candidates: PositiveInt = 1024
+    """Most in-batch candidates of a sampled softmax, per field and rank."""
+    temperature: PositiveFloat = 0.07
+    """Initial temperature of the cosine logits; learnt per field."""
+
+
+class BalanceConfig(Section):
+    """How the per-field reconstruction losses are weighted (METHOD section 5)."""
+
+    form: BalanceForm = "difficulty"
+    exponent: float = 1.0
+    """`difficulty` and `conditional` only: g in w_f ~ exp(g s_f)."""
+    learning_rate: PositiveFloat = 0.05
+    """Step size of the difficulty scalars (SGD): the inverse of their memory in steps."""
+    probe_every: PositiveInt = 10
+    """`aligned` and `gradnorm` only: steps between two probes of the per-field gradients."""
+    noise_bins: PositiveInt = 4
+    """`conditional` only: bins of the noise level t."""
+
+
+class CTRConfig(Section):
+    """The head that scores a row."""
+
+    head: Literal["label_token", "mlp"] = "mlp"
+    """`label_token` reads the denoiser's label token; `mlp` sees all tokens and a first-order term."""
+    hidden: Annotated[tuple[PositiveInt, ...], BeforeValidator(_as_tuple)] = (256, 128)
+    dropout: Probability = 0.0
+
+
+class ModelConfig(Section):
+    """The network."""
+
+    dim: PositiveInt = 32
+    """Width D of every token."""
+    init_std: PositiveFloat = 0.01
+    """Standard deviation of the embedding tables at the start."""
+    denoiser: DenoiserConfig = DenoiserConfig()
+    noise: NoiseConfig = NoiseConfig()
+    reconstruction: ReconstructionConfig = ReconstructionConfig()
+    balance: BalanceConfig = BalanceConfig()
+    ctr: CTRConfig = CTRConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> "ModelConfig":
+        heads = self.denoiser.attention.num_heads
+        if self.dim % heads or self.dim % 4:
+            raise ValueError(
+                f"`dim: {self.dim}` must be a multiple of 4 and of `denoiser.attention.num_heads: {heads}`"
+            )
+        return self
+
+
+class StageConfig(Section):
+    """Budget, optimizers and regularisation of one stage."""
+
+    epochs: PositiveInt = 1
+    table_lr: PositiveFloat = 0.05
+    """Learning rate of the embedding tables."""
+    dense_lr: PositiveFloat = 1e-3
+    """Learning rate of everything else (AdamW)."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled decay of the dense weights; never of the difficulty scalars."""
+    warmup: Probability = 0.02
+    """Share of the steps over which both learning rates rise linearly from zero."""
+    decay: Literal["none", "linear", "cosine"] = "none"
+    """How both learning rates fall after the warm-up; `linear` and `cosine` end at zero."""
+    table_l2: NonNegativeFloat = 0.0
+    """Strength of the unbiased estimate of lambda/2 ||E||^2 over whole tables, computed on
+    looked-up rows only (METHOD section 10)."""
+    oov_dropout: NonNegativeFloat = 0.0
+    """a: an id seen n times in training is replaced by out-of-vocabulary with probability a/(a+n)."""
+    max_grad_norm: PositiveFloat | None = 10.0
+    """Clip the dense gradients to this norm, and table gradients to this value; null for none."""
+    patience: PositiveInt | None = None
+    """Stop after this many evaluations without a better validation AUC; null runs all epochs.
+    Click stages always end with the best evaluation's weights."""
+
+
+class StagesConfig(Section):
+    """The stages that a run can go through."""
+
+    pretrain: StageConfig = StageConfig(epochs=2)
+    finetune: StageConfig = StageConfig(epochs=3, patience=1)
+    joint: StageConfig = StageConfig(epochs=5, patience=1)
+    scratch: StageConfig = StageConfig(epochs=5, patience=1)
+
+
+class TrainConfig(Section):
+    """The loop, the same for every stage."""
+
+    batch_size: PositiveInt = 1024
+    """Rows of one step over all ranks; must be divisible by the number of ranks."""
+    eval_batch_size: PositiveInt = 4096
+    """Rows of one evaluation batch over all ranks."""
+    max_steps: PositiveInt | None = None
+    """Stop a stage after this many steps, whatever its epochs."""
+    evaluations_per_epoch: PositiveInt = 1
+    log_every: PositiveInt = 20
+    """Steps between two lines of log.jsonl and TensorBoard."""
+    pipeline: Literal["sparse_dist", "base"] = "sparse_dist"
+    """`sparse_dist` overlaps the exchange of ids with the step before."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """`bf16` autocasts the dense part."""
+    table_optimizer: TableOptimizer = "rowwise_adagrad"
+    """Fused into the backward pass. CPU kernels know `rowwise_adagrad`, `adagrad` and `sgd`."""
+    keep_checkpoints: PositiveInt = 2
+    """Newest checkpoints kept in a stage's directory, besides the best."""
+    tensorboard: bool = True
+
+
+class TableConfig(Section):
+    """What the planner may do with one table."""
+
+    sharding: Annotated[tuple[ShardingKind, ...], BeforeValidator(_as_tuple)] = ()
+    """Sharding types to choose from; empty leaves the choice (never `data_parallel`)."""
+    kernel: Literal["fused", "fused_uvm", "fused_uvm_caching", "dense"] | None = None
+    """Compute kernel; null leaves the choice."""
+
+
+class DistributedConfig(Section):
+    """Sharding and communication."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes CUDA where there is one."""
+    tables: dict[str, TableConfig] = {}
+    """Constraints per table, by the name of the field that owns it; `default` is for all others."""
+    host_memory_gb: PositiveFloat | None = None
+    """Memory for tables per host, shared by its ranks; default: 80 % of what the machine has."""
+    device_memory_gb: PositiveFloat | None = None
+    """CUDA memory for tables per device; default: what the device has."""
+    forward_precision: CommunicationPrecision = "fp32"
+    """Precision in which embeddings travel between ranks."""
+    backward_precision: CommunicationPrecision = "fp32"
+    """Precision in which their gradients travel."""
+    timeout_seconds: PositiveInt = 600
+    """A collective that takes longer ends the job."""
+
+
+class EvaluationConfig(Section):
+    """What `evaluate` reports."""
+
+    cold_user_rows: PositiveInt = 5
+    """Users with 1 to this many training rows count as nearly cold."""
+    head_share: Probability = 0.8
+    """Items outside the head that covers this share of the training rows are the long tail."""
+    calibration_bins: PositiveInt = 10
+
+
+class RunConfig(Section):
+    """One run, from raw data to report: the content of one YAML file."""
+
+    name: str
+    """Name of the run in logs and reports."""
+    run_dir: str
+    """Directory of everything this run writes: checkpoints, logs, scores, report."""
+    seed: NonNegativeInt = 0
+    data: DataConfig
+    features: Schema
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+    stages: StagesConfig = StagesConfig()
+    distributed: DistributedConfig = DistributedConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> "RunConfig":
+        owners = {field.name for field in self.features.table_owners} | {"default"}
+        for name in self.distributed.tables:
+            if name not in owners:
+                raise ValueError(
+                    f"`distributed.tables.{name}` is not a table; tables are: {', '.join(sorted(owners))}"
+                )
+        lanes = self.data.lanes
+        if lanes and self.train.batch_size % lanes:
+            raise ValueError(
+                f"`train.batch_size: {self.train.batch_size}` must be divisible by `data.lanes: {lanes}`"
+            )
+        if self.model.balance.form == "aligned" and not self.model.noise.label_in_set:
+            raise ValueError(
+                "`model.balance.form: aligned` compares with the click gradient and needs "
+                "`model.noise.label_in_set: true`"
+            )
+        return self
+
+    def stage(self, stage: Stage) -> StageConfig:
+        """Budget and optimizers of one stage."""
+        config: StageConfig = getattr(self.stages, stage)
+        return config
+
+    def stage_dir(self, stage: Stage) -> Path:
+        """Directory of one stage's checkpoints and logs."""
+        return Path(self.run_dir) / stage
+
+    def splits(self) -> Iterator[Split]:
+        """The splits that have files, in order."""
+        names: tuple[Split, ...] = ("train", "valid", "test")
+        return (split for split in names if self.data.raw_paths(split))

@@ -1,0 +1,69 @@
+"""One step's rows, as the pipeline moves them: a KJT with one key per token, and what goes with it."""
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torchrec import KeyedJaggedTensor
+from torchrec.streamable import Pipelineable
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """Position of a reader after a batch: rows of each lane of this epoch that were handed out."""
+
+    epoch: int = 0
+    rows_per_lane: int = 0
+
+
+@dataclass
+class Batch(Pipelineable):
+    """B rows of T tokens.
+
+    Ids index the table of the token's field; 0 is missing, 1 is out of vocabulary.
+    """
+
+    kjt: KeyedJaggedTensor
+    """One key per token, in schema order; an absent sequence position is an empty bag."""
+    ids: torch.Tensor
+    """[B, T] int64: the (first) id of each token, -1 where the bag is empty."""
+    log_prior: torch.Tensor
+    """[B, T] float32: log share of this id among the training values of its field."""
+    log_rate: torch.Tensor
+    """[B, T] float32: log of how often a training row looks this id's table row up, over all
+    tokens that share the table."""
+    labels: torch.Tensor
+    """[B] float32: 0 or 1."""
+    row_ids: torch.Tensor
+    """[B] int64: index of the row in its split; -1 marks padding, which counts for nothing."""
+    strata: torch.Tensor
+    """[B] float32 in (0, 1): place of the row in the global batch, to stratify the noise level."""
+    noise_seed: int = 0
+    """Seed of this epoch's noise; the same on every rank."""
+    cursor: Cursor = Cursor()
+    """Where the reader stood after this batch."""
+    context: dict[str, torch.Tensor] = field(default_factory=dict)
+    """[B] columns for evaluation, never model input: `user_key`, `user_rows`, `item_rows`,
+    `timestamp` (int64), those that the schema gives."""
+
+    _TENSORS = ("ids", "log_prior", "log_rate", "labels", "row_ids", "strata")
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "Batch":
+        """A copy on `device`. The context stays where it is: only the host reads it."""
+        moved = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in self._TENSORS}
+        return replace(self, kjt=self.kjt.to(device, non_blocking=non_blocking), **moved)
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Keeps the memory of this batch until `stream` has passed."""
+        self.kjt.record_stream(stream)
+        for name in self._TENSORS:
+            getattr(self, name).record_stream(stream)
+
+    def pin_memory(self) -> "Batch":
+        """A copy in pinned memory, from which copies to a CUDA device are asynchronous."""
+        pinned = {name: getattr(self, name).pin_memory() for name in self._TENSORS}
+        return replace(self, kjt=self.kjt.pin_memory(), **pinned)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of this batch, padding included."""
+        return self.labels.shape[0]

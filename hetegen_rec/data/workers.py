@@ -1,0 +1,43 @@
+"""What data preparation needs of the processes that share its work; implemented by Runtime."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+
+class Workers(Protocol):
+    """The processes of one job, seen from one of them."""
+
+    @property
+    def rank(self) -> int:
+        """Index of this process, from 0."""
+        ...
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        ...
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks, in order of rank, on every rank. A collective."""
+        ...
+
+    def together(self, what: str) -> Any:
+        """Context in which a failure of any rank is raised on every rank. A collective at its end."""
+        ...
+
+
+class Alone:
+    """One process without a launcher."""
+
+    rank = 0
+    world_size = 1
+
+    def gather(self, value: Any) -> list[Any]:
+        """Just this process's value."""
+        return [value]
+
+    @contextmanager
+    def together(self, what: str) -> Iterator[None]:  # noqa: ARG002 - part of the protocol
+        """A failure is raised where it happens."""
+        yield
