@@ -1,0 +1,293 @@
+"""Encoded rows (an Arrow table of ids) to a Batch: the hot path of the reader.
+
+The work is done on one matrix [T, B] of ids, tokens first as in the KJT, with -1 where a bag is empty.
+Only multi-valued fields need more: their bags of several values are spliced in beside the matrix.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+from torchrec import KeyedJaggedTensor
+
+from hetegen_rec.config.schema import NUM_RESERVED_IDS, ReservedId, Schema
+from hetegen_rec.data.batch import Batch, Cursor
+from hetegen_rec.data.hashing import salt_of, uniform
+from hetegen_rec.data.statistics import Statistics
+
+LABEL = "__label"
+ROW_ID = "__row_id"
+_NO_ID = -1
+_DROPOUT_SALT = salt_of("oov_dropout")
+
+
+@dataclass(frozen=True)
+class _Bags:
+    """The values of one multi-valued field over B rows."""
+
+    values: NDArray[np.int64]
+    """[V] ids, row after row."""
+    lengths: NDArray[np.int32]
+    """[B] values of each row."""
+
+    @property
+    def rows(self) -> NDArray[np.int64]:
+        """[V] the row of each value."""
+        return np.repeat(np.arange(len(self.lengths)), self.lengths)
+
+    @property
+    def places(self) -> NDArray[np.int64]:
+        """[V] the place of each value in its row, from 0."""
+        starts = np.cumsum(self.lengths) - self.lengths
+        return np.arange(len(self.values)) - np.repeat(starts, self.lengths)
+
+    def first_ids(self) -> NDArray[np.int64]:
+        """[B] the first id of each row, -1 where it has none."""
+        filled = self.lengths > 0
+        first = np.full(len(self.lengths), _NO_ID, dtype=np.int64)
+        first[filled] = self.values[(np.cumsum(self.lengths) - self.lengths)[filled]]
+        return first
+
+    def mean(self, weights: NDArray[np.float32]) -> NDArray[np.float64]:
+        """[B] mean over each row's values of `weights` [V]; 0 where it has none."""
+        sums = np.bincount(self.rows, weights=weights, minlength=len(self.lengths))
+        return sums / np.maximum(self.lengths, 1)
+
+
+class Batcher:
+    """Turns slices of encoded tables into batches.
+
+    It holds the log-frequencies of all ids in two flat arrays, one segment a field (prior) or a table
+    (rate), so that one gather serves all tokens. A segment starts with the entry of the empty bag, 0.
+    """
+
+    def __init__(self, schema: Schema, statistics: Statistics):
+        """Lays out the frequencies.
+
+        Args:
+            schema: the fields of a row.
+            statistics: of the training rows, for the frequencies.
+        """
+        self.schema = schema
+        self._num_rows = statistics.num_rows
+        self._keys = [token.key for token in schema.tokens]
+        token_fields = [schema.field(token.field) for token in schema.tokens]
+        priors = {name: statistics.log_prior(name) for name in schema.field_names}
+        rates = {owner.name: statistics.log_rate(owner.name) for owner in schema.table_owners}
+        self._log_prior, prior_segments = _flatten(priors)
+        self._log_rate, rate_segments = _flatten(rates)
+        self._prior_starts = np.array([prior_segments[f.name] for f in token_fields])[:, None]
+        self._rate_starts = np.array([rate_segments[f.table_name] for f in token_fields])[:, None]
+        self._num_ids = np.array([len(rates[f.table_name]) for f in token_fields])[:, None]
+        slots = [f.list_length if f.kind == "multi_valued" else 1 for f in token_fields]
+        self._first_slots = (np.cumsum(slots) - slots)[:, None]
+        self._num_slots = sum(slots)
+        self._first_tokens = {t.field: i for i, t in enumerate(schema.tokens) if t.position == 0}
+
+    def make(
+        self,
+        table: pa.Table,
+        strata: NDArray[np.float32],
+        noise_seed: int,
+        cursor: Cursor,
+        oov_dropout: float = 0.0,
+    ) -> Batch:
+        """Makes the batch of all B rows of an encoded table.
+
+        Args:
+            table: encoded columns, one a field, and those whose names start with `__`.
+            strata: [B] place of each row in the global batch, in (0, 1).
+            noise_seed: seed of this epoch's noise.
+            cursor: where the reader stands after this batch.
+            oov_dropout: a > 0 replaces an id that its table saw n times in training by the
+                out-of-vocabulary id with probability a / (a + n), for everything that the model sees
+                and reconstructs. Whether it does is a hash of (noise_seed, row id, place in the row).
+
+        Raises:
+            ValueError: an id lies outside its table: the table was encoded with other statistics.
+        """
+        ids, bags = self._read_ids(table)
+        self._check_range(ids, bags)
+        row_ids = _column(table, ROW_ID).astype(np.int64)
+        if oov_dropout:
+            self._drop_rare(ids, bags, row_ids, noise_seed, oov_dropout)
+        log_prior = self._look_up(self._log_prior, self._prior_starts, ids, bags)
+        log_rate = self._look_up(self._log_rate, self._rate_starts, ids, bags)
+        return Batch(
+            kjt=self._kjt(ids, bags),
+            ids=_rows_first(ids),
+            log_prior=_rows_first(log_prior),
+            log_rate=_rows_first(log_rate),
+            labels=_tensor(_column(table, LABEL).astype(np.float32)),
+            row_ids=_tensor(row_ids),
+            strata=_tensor(strata.astype(np.float32)),
+            noise_seed=noise_seed,
+            cursor=cursor,
+            context={
+                name: _tensor(_column(table, column).astype(np.int64))
+                for name, column in context_columns(self.schema).items()
+            },
+        )
+
+    def padding(self, num_rows: int) -> pa.Table:
+        """Encoded rows that stand for none: no ids at all and the row id -1."""
+        columns: dict[str, pa.Array] = {}
+        for field in self.schema.fields:
+            if field.is_list:
+                columns[field.name] = pa.array([[]] * num_rows, pa.list_(pa.int32()))
+            else:
+                columns[field.name] = pa.array(np.full(num_rows, _NO_ID, dtype=np.int32))
+        columns[LABEL] = pa.array(np.zeros(num_rows, dtype=np.float32))
+        columns[ROW_ID] = pa.array(np.full(num_rows, -1, dtype=np.int64))
+        for column in context_columns(self.schema).values():
+            columns[column] = pa.array(np.zeros(num_rows, dtype=np.int64))
+        return pa.table(columns)
+
+    def _read_ids(self, table: pa.Table) -> tuple[NDArray[np.int64], dict[int, _Bags]]:
+        """The matrix [T, B], and the bags of the multi-valued fields by token."""
+        ids = np.full((len(self._keys), table.num_rows), _NO_ID, dtype=np.int64)
+        bags = {}
+        for field in self.schema.fields:
+            token = self._first_tokens[field.name]
+            if not field.is_list:
+                ids[token] = _column(table, field.name)
+                continue
+            values, lengths = _list_column(table, field.name)
+            if field.kind == "multi_valued":
+                bags[token] = _Bags(values.astype(np.int64), lengths)
+                ids[token] = bags[token].first_ids()
+                continue
+            block = np.full((table.num_rows, field.list_length), _NO_ID, dtype=np.int64)
+            block[np.arange(field.list_length) < lengths[:, None]] = values
+            ids[token : token + field.list_length] = block.T
+        return ids, bags
+
+    def _check_range(self, ids: NDArray[np.int64], bags: dict[int, _Bags]) -> None:
+        outside = ((ids >= self._num_ids) | (ids < _NO_ID)).any(axis=1)
+        for token, bag in bags.items():
+            outside[token] |= ((bag.values >= self._num_ids[token]) | (bag.values < 0)).any()
+        if outside.any():
+            token = int(outside.argmax())
+            values = bags[token].values if token in bags else ids[token]
+            raise ValueError(
+                f"token {self._keys[token]!r}: ids from {values.min()} to {values.max()}, but its table "
+                f"has {self._num_ids[token, 0]} rows; the data were encoded with other statistics: run "
+                "prepare again"
+            )
+
+    def _look_up(
+        self,
+        frequencies: NDArray[np.float32],
+        starts: NDArray[np.int64],
+        ids: NDArray[np.int64],
+        bags: dict[int, _Bags],
+    ) -> NDArray[np.float32]:
+        """[T, B] log-frequencies; of a bag the mean of its values' logs, so that no value dominates."""
+        found = frequencies.take(ids + (starts + 1))
+        for token, bag in bags.items():
+            found[token] = bag.mean(frequencies.take(bag.values + (starts[token] + 1)))
+        return found
+
+    def _drop_rare(
+        self,
+        ids: NDArray[np.int64],
+        bags: dict[int, _Bags],
+        row_ids: NDArray[np.int64],
+        noise_seed: int,
+        strength: float,
+    ) -> None:
+        """Replaces rare ids by the out-of-vocabulary id, in place. Every value of a row has its own draw."""
+        salt = noise_seed ^ _DROPOUT_SALT
+        counters = row_ids * self._num_slots
+        for token, bag in bags.items():
+            slots = counters[bag.rows] + self._first_slots[token] + bag.places
+            self._replace(bag.values, self._rate_starts[token], slots, salt, strength)
+        self._replace(ids, self._rate_starts, counters + self._first_slots, salt, strength)
+
+    def _replace(
+        self,
+        ids: NDArray[np.int64],
+        starts: NDArray[np.int64],
+        slots: NDArray[np.int64],
+        salt: int,
+        strength: float,
+    ) -> None:
+        counts = np.rint(np.exp(self._log_rate.take(ids + (starts + 1))) * self._num_rows)
+        drawn = uniform(slots, salt) * (strength + counts) < strength
+        ids[drawn & (ids >= NUM_RESERVED_IDS)] = ReservedId.OUT_OF_VOCABULARY
+
+    def _kjt(self, ids: NDArray[np.int64], bags: dict[int, _Bags]) -> KeyedJaggedTensor:
+        filled = ids != _NO_ID
+        lengths = filled.astype(np.int32)
+        pieces, start = [], 0
+        for token, bag in bags.items():
+            lengths[token] = bag.lengths
+            pieces += [ids[start:token][filled[start:token]], bag.values]
+            start = token + 1
+        pieces.append(ids[start:][filled[start:]])
+        return KeyedJaggedTensor(
+            keys=self._keys,
+            values=_tensor(np.concatenate(pieces)),
+            lengths=_tensor(lengths.reshape(-1)),
+            stride=ids.shape[1],
+            # Known here, so that nobody asks the device for it later.
+            length_per_key=lengths.sum(axis=1).tolist(),
+        )
+
+
+def context_columns(schema: Schema) -> dict[str, str]:
+    """The columns of an encoded table that only evaluation reads, by their names in `Batch.context`."""
+    sources = {
+        "timestamp": schema.timestamp,
+        "user_key": schema.user,
+        "user_rows": schema.user,
+        "item_rows": schema.item,
+    }
+    return {name: f"__{name}" for name, source in sources.items() if source is not None}
+
+
+def encoded_columns(schema: Schema) -> list[str]:
+    """All columns of an encoded table."""
+    return [*schema.field_names, LABEL, ROW_ID, *context_columns(schema).values()]
+
+
+def _flatten(
+    arrays: dict[str, NDArray[np.float32]],
+) -> tuple[NDArray[np.float32], dict[str, int]]:
+    """One array of segments, each a zero and then the array; and where each segment starts."""
+    starts, total = {}, 0
+    for name, array in arrays.items():
+        starts[name] = total
+        total += 1 + len(array)
+    flat = np.zeros(total, dtype=np.float32)
+    for name, array in arrays.items():
+        flat[starts[name] + 1 : starts[name] + 1 + len(array)] = array
+    return flat, starts
+
+
+def _array(table: pa.Table, name: str) -> pa.Array:
+    column = table.column(name)
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
+def _column(table: pa.Table, name: str) -> NDArray[Any]:
+    values: NDArray[Any] = _array(table, name).to_numpy()
+    return values
+
+
+def _list_column(table: pa.Table, name: str) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Values, row after row, and the number of values of each row."""
+    array = _array(table, name)
+    return array.flatten().to_numpy(), array.value_lengths().to_numpy()
+
+
+def _rows_first(matrix: NDArray[Any]) -> torch.Tensor:
+    """[T, B] -> contiguous [B, T]."""
+    return _tensor(np.ascontiguousarray(matrix.T))
+
+
+def _tensor(array: NDArray[Any]) -> torch.Tensor:
+    return torch.from_numpy(array)
