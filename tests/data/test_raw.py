@@ -1,0 +1,151 @@
+from pathlib import Path
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from hetegen_rec.config import Schema
+from hetegen_rec.data.raw import (
+    DataError,
+    check_columns,
+    column_keys,
+    expand_paths,
+    iter_tables,
+    list_row_groups,
+    read_row_group,
+)
+
+SCHEMA = Schema.model_validate(
+    {
+        "label": "click",
+        "timestamp": "time",
+        "fields": [
+            {"name": "item", "kind": "id"},
+            {"name": "price", "kind": "numeric", "column": "price usd"},
+            {"name": "tags", "kind": "multi_valued"},
+        ],
+    }
+)
+
+
+def write(path: Path, rows: int, row_group_size: int = 4) -> str:
+    table = pa.table({"n": pa.array(range(rows), pa.int64())})
+    pq.write_table(table, path, row_group_size=row_group_size)
+    return str(path)
+
+
+def rows_of(path: str, schema: Schema = SCHEMA) -> dict[str, list]:
+    tables = [table for group in list_row_groups([path]) for table in iter_tables(group, schema)]
+    return pa.concat_tables(tables).to_pydict()
+
+
+def test_row_groups_number_the_rows_of_the_split_over_sorted_files(tmp_path) -> None:
+    write(tmp_path / "b.parquet", 6)
+    write(tmp_path / "a.parquet", 5)
+    write(tmp_path / "empty.parquet", 0)
+    groups = list_row_groups([f"{tmp_path}/*.parquet"])
+    assert [(Path(g.path).name, g.index, g.num_rows, g.first_row) for g in groups] == [
+        ("a.parquet", 0, 4, 0),
+        ("a.parquet", 1, 1, 4),
+        ("b.parquet", 0, 4, 5),
+        ("b.parquet", 1, 2, 9),
+    ]
+    assert read_row_group(groups[3], ["n"]).to_pydict() == {"n": [4, 5]}
+
+
+def test_patterns_keep_their_order_and_a_file_counts_once(tmp_path) -> None:
+    b, a = write(tmp_path / "b.parquet", 1), write(tmp_path / "a.parquet", 1)
+    assert expand_paths([b, f"{tmp_path}/*.parquet"]) == [b, a]
+
+
+def test_files_of_any_file_system_known_to_fsspec_are_read() -> None:
+    with fsspec.open("memory://raw-test/part.parquet", "wb") as stream:
+        pq.write_table(pa.table({"n": [1, 2]}), stream)
+    (group,) = list_row_groups(["memory://raw-test/*.parquet"])
+    assert read_row_group(group, ["n"]).to_pydict() == {"n": [1, 2]}
+
+
+def test_a_pattern_without_files_is_named(tmp_path) -> None:
+    with pytest.raises(DataError, match=r"no file matches '.*nothing-\*\.parquet'"):
+        expand_paths([f"{tmp_path}/nothing-*.parquet"])
+
+
+def test_a_truncated_parquet_file_is_named(tmp_path) -> None:
+    path = tmp_path / "cut.parquet"
+    write(path, 100)
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(DataError, match=r"cut\.parquet: cannot be read; it may be truncated"):
+        list_row_groups([str(path)])
+
+
+def test_damaged_pages_name_file_and_row_group(tmp_path) -> None:
+    path = tmp_path / "damaged.parquet"
+    write(path, 100, row_group_size=100)
+    content = bytearray(path.read_bytes())
+    content[4:60] = b"\xff" * 56
+    path.write_bytes(content)
+    (group,) = list_row_groups([str(path)])
+    with pytest.raises(DataError, match=r"damaged\.parquet, row group 0"):
+        read_row_group(group, ["n"])
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "csv"])
+def test_a_missing_column_names_file_column_key_and_what_there_is(tmp_path, suffix) -> None:
+    path = tmp_path / f"part.{suffix}"
+    if suffix == "csv":
+        path.write_text("click,time,item,tags\n")
+    else:
+        pq.write_table(pa.table({"click": [1], "time": [1], "item": [1], "tags": [1]}), path)
+    with pytest.raises(DataError) as error:
+        check_columns(str(path), column_keys(SCHEMA))
+    message = str(error.value)
+    assert f"{path}: no column 'price usd' (`features.fields, `column` of 'price'`)" in message
+    assert "click, time, item, tags" in message
+
+
+def test_csv_types_do_not_depend_on_the_cells(tmp_path) -> None:
+    path = tmp_path / "part.csv"
+    path.write_text('click,time,item,price usd,tags,extra\n1,7,01,2,a|b,x\n0,8,,,,y\n1,9,"",1.5,"q, r",z\n')
+    assert rows_of(str(path)) == {
+        "click": [1.0, 0.0, 1.0],
+        "time": [7, 8, 9],
+        "item": ["01", None, ""],
+        "price usd": [2.0, None, 1.5],
+        "tags": [["a", "b"], None, ["q, r"]],
+    }
+
+
+def test_tsv_may_be_compressed_and_read_in_blocks(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("hetegen_rec.data.raw.CSV_BLOCK_BYTES", 64)
+    lines = ["click\ttime\titem\tprice usd\ttags", *(f"1\t{i}\t{i}\t{i}\tt{i}" for i in range(50))]
+    path = tmp_path / "part.tsv.gz"
+    with fsspec.open(str(path), "wt", compression="gzip") as stream:
+        stream.write("\n".join(lines))
+    (group,) = list_row_groups([str(path)])
+    assert group.num_rows == 50
+    assert len(list(iter_tables(group, SCHEMA))) > 1
+    assert rows_of(str(path))["item"] == [str(i) for i in range(50)]
+
+
+def test_a_csv_cell_of_the_wrong_type_names_file_column_and_value(tmp_path) -> None:
+    path = tmp_path / "part.csv"
+    path.write_text("click,time,item,price usd,tags\n1,7,5,cheap,\n")
+    with pytest.raises(DataError, match=r"part\.csv: In column 'price usd': .* invalid value 'cheap'"):
+        rows_of(str(path))
+
+
+def test_a_csv_header_without_rows_has_no_row_groups(tmp_path) -> None:
+    path = tmp_path / "part.csv"
+    path.write_text("click,time\n")
+    assert list_row_groups([str(path)]) == []
+
+
+def test_large_row_groups_are_streamed_in_batches(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("hetegen_rec.data.raw.BATCH_ROWS", 10)
+    schema = Schema.model_validate({"label": "n", "fields": [{"name": "m", "kind": "id"}]})
+    pq.write_table(pa.table({"n": range(25), "m": range(25), "other": range(25)}), tmp_path / "a.parquet")
+    (group,) = list_row_groups([f"{tmp_path}/a.parquet"])
+    tables = list(iter_tables(group, schema))
+    assert [table.num_rows for table in tables] == [10, 10, 5]
+    assert tables[0].column_names == ["n", "m"]
