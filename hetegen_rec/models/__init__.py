@@ -1,0 +1,1 @@
+"""The network: embedding -> corruption -> denoiser -> reconstruction and click heads, and difficulty."""

@@ -1,0 +1,67 @@
+"""Self-attention over the tokens of a row, guided by the difficulty of their fields."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from hetegen_rec.config.run import AttentionConfig
+
+
+@dataclass
+class Guidance:
+    """What attention knows about difficulty; constants to the gradient."""
+
+    gain: Tensor
+    """[S]: g_f = sqrt(w_f) of each token's field, 1 for the label."""
+    key_bias: Tensor
+    """[S]: s_f - mean s of each token's field, 0 for the label."""
+
+
+class GuidedAttention(nn.Module):
+    """Multi-head attention with the gain of HeteGenCTR (arXiv 2605.24986), in four places.
+
+    `query` and `query_key` scale the logits; `key_bias` shifts the logits of a key for all queries
+    (a bias per query is a no-op under softmax); `residual` scales the branch itself, which the next
+    normalisation does not undo.
+    """
+
+    def __init__(self, dim: int, config: AttentionConfig, dropout: float) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.guidance = config.guidance
+        self.dropout = dropout
+        self.input = nn.Linear(dim, 3 * dim)
+        self.output = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, guidance: Guidance, padding: Tensor | None) -> Tensor:
+        """Attends over x [B, S, D]; padding [B, S] bool marks keys that do not exist."""
+        batch, length, dim = x.shape
+        heads = self.input(x).view(batch, length, 3, self.num_heads, dim // self.num_heads)
+        query, key, value = heads.permute(2, 0, 3, 1, 4)  # each [B, H, S, D / H]
+        gain = guidance.gain[:, None]
+        if self.guidance in ("query", "query_key"):
+            query = query * gain
+        if self.guidance == "query_key":
+            key = key * gain
+        mixed = functional.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=self._logit_bias(query, guidance, padding),
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        branch = self.output(mixed.transpose(1, 2).reshape(batch, length, dim))
+        return branch * gain if self.guidance == "residual" else branch
+
+    def _logit_bias(self, query: Tensor, guidance: Guidance, padding: Tensor | None) -> Tensor | None:
+        bias = None
+        if self.guidance == "key_bias":
+            bias = guidance.key_bias.to(query.dtype)[None, None, None, :]
+        if padding is not None:
+            holes = torch.zeros_like(padding, dtype=query.dtype).masked_fill(padding, float("-inf"))
+            bias = holes[:, None, None, :] if bias is None else bias + holes[:, None, None, :]
+        if bias is None:
+            return None
+        return bias.expand(query.shape[0], 1, query.shape[2], query.shape[2])

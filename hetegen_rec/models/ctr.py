@@ -1,0 +1,70 @@
+"""Heads that score a row: p(click | row) as a logit."""
+
+import torch
+from torch import Tensor, nn
+
+from hetegen_rec.config.run import CTRConfig
+from hetegen_rec.config.schema import Schema
+
+
+class FieldPooling(nn.Module):
+    """One vector a field: the token itself, or the mean of a sequence's present items."""
+
+    def __init__(self, schema: Schema) -> None:
+        super().__init__()
+        owners = [token.field for token in schema.tokens]
+        self.spans = [
+            (owners.index(name), owners.index(name) + owners.count(name))
+            for name in schema.field_names
+        ]
+
+    def forward(self, tokens: Tensor, present: Tensor) -> Tensor:
+        """tokens [B, T, D] and present [B, T] bool -> [B, F, D]."""
+        pooled = []
+        for start, stop in self.spans:
+            if stop - start == 1:
+                pooled.append(tokens[:, start])
+                continue
+            weight = present[:, start:stop, None].to(tokens.dtype)
+            total = (tokens[:, start:stop] * weight).sum(1)
+            pooled.append(total / weight.sum(1).clamp(min=1.0))
+        return torch.stack(pooled, dim=1)
+
+
+class MLPHead(nn.Module):
+    """An MLP over every field's row and hidden vector, plus a first-order term.
+
+    The first-order term is linear in the looked-up rows, one weight vector a field: as expressive
+    as a one-dimensional table, without a second lookup.
+    """
+
+    def __init__(self, schema: Schema, dim: int, config: CTRConfig) -> None:
+        super().__init__()
+        num_fields = len(schema.fields)
+        self.pooling = FieldPooling(schema)
+        self.first_order = nn.Linear(num_fields * dim, 1)
+        widths = [(2 * num_fields + 1) * dim, *config.hidden]
+        layers: list[nn.Module] = []
+        for before, after in zip(widths, widths[1:], strict=False):
+            layers += [nn.Linear(before, after), nn.ReLU(), nn.Dropout(config.dropout)]
+        self.mlp = nn.Sequential(*layers, nn.Linear(widths[-1], 1))
+
+    def forward(self, tokens: Tensor, hidden: Tensor, present: Tensor) -> Tensor:
+        """Clean tokens [B, T, D], hidden [B, T + 1, D], present [B, T] -> logits [B]."""
+        rows = self.pooling(tokens, present).flatten(1)
+        seen = self.pooling(hidden[:, :-1], present).flatten(1)
+        features = torch.cat([rows, seen, hidden[:, -1]], dim=1)
+        return (self.mlp(features) + self.first_order(rows)).squeeze(-1)
+
+
+class LabelHead(nn.Module):
+    """Two-way softmax over the label element of the set, as a logit."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.classes = nn.Linear(dim, 2)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden [B, T + 1, D] -> log p(1) - log p(0), [B]."""
+        logits = self.classes(hidden[:, -1])
+        return logits[:, 1] - logits[:, 0]

@@ -1,0 +1,84 @@
+"""Embedding tables: one EmbeddingBagCollection with a key per token, and its output as [B, T, D]."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedTensor, PoolingType
+
+from hetegen_rec.config.schema import Schema
+from hetegen_rec.data.statistics import Statistics
+
+
+@dataclass(frozen=True)
+class TableShape:
+    """Name and size of one embedding table."""
+
+    name: str
+    num_rows: int
+    dim: int
+
+
+def table_shapes(schema: Schema, statistics: Statistics, model_dim: int) -> list[TableShape]:
+    """The tables of a schema, in schema order; rows include the reserved ids."""
+    return [
+        TableShape(owner.name, statistics.table_rows(owner.name), owner.dim or model_dim)
+        for owner in schema.table_owners
+    ]
+
+
+def build_tables(schema: Schema, shapes: list[TableShape]) -> EmbeddingBagCollection:
+    """One collection on the meta device: every token is a bag, a multi-valued field a pooled one.
+
+    Sequences are keys on the table of the field that they name, so a target item and the history
+    share rows, every sharding type stays possible, and the output is dense.
+    """
+    configs = [
+        EmbeddingBagConfig(
+            name=shape.name,
+            num_embeddings=shape.num_rows,
+            embedding_dim=shape.dim,
+            feature_names=[token.key for token in schema.tokens_on(shape.name)],
+            pooling=_pooling(schema, shape.name),
+        )
+        for shape in shapes
+    ]
+    return EmbeddingBagCollection(tables=configs, device=torch.device("meta"))
+
+
+def _pooling(schema: Schema, table: str) -> PoolingType:
+    is_bag = schema.field(table).kind == "multi_valued"
+    return PoolingType.MEAN if is_bag else PoolingType.SUM
+
+
+class TokenAssembly(nn.Module):
+    """Puts the looked-up rows in schema order, by name, and projects those of another width.
+
+    The order of a KeyedTensor's values follows the sharding plan, so they are never viewed as a
+    block: the same checkpoint would score differently on another number of ranks.
+    """
+
+    def __init__(self, schema: Schema, shapes: list[TableShape], model_dim: int) -> None:
+        super().__init__()
+        self.model_dim = model_dim
+        self.tables = {
+            shape.name: [token.key for token in schema.tokens_on(shape.name)] for shape in shapes
+        }
+        self.projections = nn.ModuleDict(
+            {s.name: nn.Linear(s.dim, model_dim, bias=False) for s in shapes if s.dim != model_dim}
+        )
+        keys_by_table = [key for keys in self.tables.values() for key in keys]
+        self.order = [keys_by_table.index(token.key) for token in schema.tokens]
+        self.in_schema_order = self.order == sorted(self.order)
+
+    def forward(self, looked_up: KeyedTensor) -> tuple[Tensor, Tensor]:
+        """Returns tokens [B, T, D] and the squared norms [B, T] of the table rows behind them."""
+        rows = looked_up.to_dict()
+        tokens, norms = [], []
+        for table, keys in self.tables.items():
+            block = torch.stack([rows[key] for key in keys], dim=1)  # [B, T_table, dim]
+            norms.append(block.square().sum(-1))
+            tokens.append(self.projections[table](block) if table in self.projections else block)
+        if self.in_schema_order:
+            return torch.cat(tokens, 1), torch.cat(norms, 1)
+        return torch.cat(tokens, 1)[:, self.order], torch.cat(norms, 1)[:, self.order]

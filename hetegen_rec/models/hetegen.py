@@ -1,0 +1,283 @@
+"""The assembly: sharded tables in front, the denoising network behind, one loss per stage."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torchrec import KeyedTensor
+
+from hetegen_rec.config.run import ModelConfig, Stage, StageConfig, TrainConfig
+from hetegen_rec.config.schema import Schema
+from hetegen_rec.data.batch import Batch
+from hetegen_rec.data.statistics import Statistics
+from hetegen_rec.models.attention import Guidance
+from hetegen_rec.models.corruption import LABEL_MASK_ID, Corrupted, Corruption, RowNoise, uniform_of_batch
+from hetegen_rec.models.ctr import LabelHead, MLPHead
+from hetegen_rec.models.denoiser import Denoiser
+from hetegen_rec.models.difficulty import Difficulty, FieldLosses, Probe
+from hetegen_rec.models.embedding import TokenAssembly, build_tables, table_shapes
+from hetegen_rec.models.reconstruction import Reconstruction, RowLosses
+from hetegen_rec.models.reduction import mean_over_ranks, num_ranks, sum_over_ranks
+
+
+@dataclass
+class Outputs:
+    """What a step shows besides its loss; everything detached."""
+
+    logits: Tensor | None
+    """[B] click logits of the clean rows; None in a pre-training step."""
+    terms: dict[str, Tensor]
+    """Scalars that the loss is the sum of (the label term counts once, the rest as named)."""
+    fields: FieldLosses | None = None
+    """Per-field reconstruction losses of the global batch, in generative steps."""
+
+
+class HeteGen(nn.Module):
+    """A generative CTR model: the only module that sees the sharded tables.
+
+    Its forward is one line because the sparse pipeline traces it symbolically.
+    """
+
+    def __init__(self, ebc: nn.Module, network: "HeteGenNetwork") -> None:
+        super().__init__()
+        self.ebc = ebc
+        self.network = network
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Outputs]:
+        """Returns the loss of this rank's rows and what to show of it."""
+        return self.network(self.ebc(batch.kjt), batch)  # type: ignore[no-any-return]
+
+
+class HeteGenNetwork(nn.Module):
+    """Corruption, denoiser, heads and difficulty: everything that is replicated.
+
+    Stages (METHOD section 7): `pretrain` reconstructs noised rows, the label among them; `finetune`
+    and `scratch` score clean rows; `joint` does both on one lookup.
+    """
+
+    def __init__(
+        self,
+        schema: Schema,
+        statistics: Statistics,
+        model: ModelConfig,
+        stage: Stage,
+        *,
+        table_l2: float = 0.0,
+        autocast: bool = False,
+    ) -> None:
+        super().__init__()
+        self.stage, self.config = stage, model
+        self.table_l2, self.autocast = table_l2, autocast
+        shapes = table_shapes(schema, statistics, model.dim)
+        self.assembly = TokenAssembly(schema, shapes, model.dim)
+        self.reconstruction = Reconstruction(schema, statistics, model.dim, model.reconstruction)
+        self.fields = self.reconstruction.fields
+        self.corruption = Corruption(
+            schema, model.noise, model.dim, swappable=self.reconstruction.full_fields
+        )
+        self.denoiser = Denoiser(len(schema.tokens), model.dim, model.denoiser)
+        self.difficulty = Difficulty(len(self.fields), model.balance)
+        self.label_head = LabelHead(model.dim)
+        self.ctr_head = MLPHead(schema, model.dim, model.ctr) if model.ctr.head == "mlp" else None
+        self.has_padding = any(field.kind == "sequence" for field in schema.fields)
+        self._index_fields(schema)
+        self._freeze_unused()
+
+    def _index_fields(self, schema: Schema) -> None:
+        """Maps each element of the set to its column of the difficulty; the last is "none"."""
+        none = len(self.fields)
+        columns = {name: column for column, name in enumerate(self.fields)}
+        owners = [columns.get(token.field, none) for token in schema.tokens] + [none]
+        self.register_buffer("column_of_element", torch.tensor(owners), persistent=False)
+
+    @property
+    def is_generative(self) -> bool:
+        """Whether this stage reconstructs noised rows."""
+        return self.stage in ("pretrain", "joint")
+
+    @property
+    def scores_clicks(self) -> bool:
+        """Whether this stage trains the click head."""
+        return self.stage != "pretrain"
+
+    def _freeze_unused(self) -> None:
+        """What a stage does not train gets no gradient, no decay and no traffic."""
+        if not self.is_generative:
+            _freeze(self.reconstruction, self.corruption, self.difficulty)
+        if not self.scores_clicks and self.ctr_head is not None:
+            _freeze(self.ctr_head)
+        uses_label_head = self.is_generative and self.config.noise.label_in_set
+        if self.ctr_head is not None and not uses_label_head:
+            _freeze(self.label_head)
+
+    def forward(self, looked_up: KeyedTensor, batch: Batch) -> tuple[Tensor, Outputs]:
+        """Looked-up rows and the batch they belong to -> loss and outputs."""
+        device = batch.labels.device.type
+        with torch.autocast(device, torch.bfloat16, enabled=self.autocast):
+            tokens, norms = self.assembly(looked_up)
+            present = batch.ids >= 0
+            logits = None
+            terms: dict[str, Tensor] = {}
+            if self.scores_clicks or not self.training:
+                logits = self.score(tokens, present)
+                terms["click"] = _click_loss(logits, batch)
+            fields = None
+            if self.is_generative and self.training:
+                generative, fields = self._generate(tokens, present, batch)
+                terms.update(generative)
+            if self.table_l2 and self.training:
+                terms["table_l2"] = self.table_l2 * _unbiased_l2(norms, batch.log_rate)
+        loss = torch.stack(list(terms.values())).sum()
+        shown = {name: term.detach() for name, term in terms.items()}
+        return loss, Outputs(logits.detach() if logits is not None else None, shown, fields)
+
+    def score(self, tokens: Tensor, present: Tensor) -> Tensor:
+        """Click logits [B] of clean rows, the label masked."""
+        rows = tokens.shape[0]
+        masked = torch.full((rows,), LABEL_MASK_ID, device=tokens.device)
+        level = torch.zeros(rows, device=tokens.device)
+        hidden = self.denoiser(tokens, masked, level, self.guidance(), self._padding(present))
+        if self.ctr_head is None or not self.scores_clicks:
+            return self.label_head(hidden).float()
+        return self.ctr_head(tokens, hidden, present).float()
+
+    def guidance(self) -> Guidance:
+        """Gains and key biases over the T + 1 elements; the label and unscored fields are neutral."""
+        gain, bias = self.difficulty.gain(), self.difficulty.key_bias()
+        gain = torch.cat([gain, gain.new_ones(1)])
+        bias = torch.cat([bias, bias.new_zeros(1)])
+        return Guidance(gain[self.column_of_element], bias[self.column_of_element])
+
+    def _padding(self, present: Tensor) -> Tensor | None:
+        return functional.pad(~present, (0, 1)) if self.has_padding else None
+
+    def _generate(
+        self, tokens: Tensor, present: Tensor, batch: Batch
+    ) -> tuple[dict[str, Tensor], FieldLosses]:
+        noise = RowNoise(batch, tokens.shape[1])
+        corrupted = self.corruption(tokens, batch, noise)
+        hidden = self.denoiser(
+            corrupted.tokens,
+            corrupted.label_ids,
+            corrupted.noise_level,
+            self.guidance(),
+            self._padding(present),
+        )
+        rows = self.reconstruction(hidden, tokens, batch, corrupted, noise)
+        local, fields = self._reduce(rows, corrupted)
+        probe = None
+        label = self._label_loss(hidden, batch, corrupted)
+        if self.difficulty.needs_probe and self._is_probe_step(batch):
+            probe = self._probe(local, fields, label)
+        self.difficulty.observe(fields, probe)
+        weighted = self.difficulty.weights() * self._relative_to_form(local, fields)
+        terms = {
+            "generative": weighted.sum() / len(self.fields),
+            "calibration": self.difficulty.calibration(fields),
+        }
+        if self.config.noise.label_in_set:
+            terms["label"] = label
+        return terms, fields
+
+    def _reduce(self, rows: RowLosses, corrupted: Corrupted) -> tuple[Tensor, FieldLosses]:
+        """This rank's share [F, K] of the global mean losses (with gradient), and their values.
+
+        Summed over ranks and divided by their number, as gradients are, the shares give the mean
+        over the targets of the global batch, however they are spread.
+        """
+        num_bins = self.difficulty.num_bins
+        bins = _one_hot_bins(corrupted.noise_level, num_bins)  # [B, K]
+        sums = rows.loss.float().T @ bins  # [F, K]
+        counts = rows.is_target.float().T @ bins
+        packed = torch.cat([sums.detach(), counts, rows.chance[:, None], rows.baseline[:, None]], 1)
+        total = sum_over_ranks(packed)
+        count = total[:, num_bins : 2 * num_bins]
+        fields = FieldLosses(
+            cross_entropy=total[:, :num_bins] / count.clamp(min=1.0),
+            share=count / count.sum(1, keepdim=True).clamp(min=1.0),
+            chance=total[:, -2] / num_ranks(),
+            baseline=total[:, -1] / num_ranks(),
+        )
+        share = sums * num_ranks() / count.sum(1, keepdim=True).clamp(min=1.0)
+        return share, fields
+
+    def _relative_to_form(self, local: Tensor, fields: FieldLosses) -> Tensor:
+        return local if self.difficulty.uses_raw_loss else local / fields.chance[:, None]
+
+    def _label_loss(self, hidden: Tensor, batch: Batch, corrupted: Corrupted) -> Tensor:
+        """Mean cross-entropy over the masked labels of the global batch (this rank's share)."""
+        logits = self.label_head(hidden).float()
+        masked = (corrupted.label_ids == LABEL_MASK_ID).float()
+        loss = functional.binary_cross_entropy_with_logits(logits, batch.labels, reduction="none")
+        count = sum_over_ranks(masked.sum())
+        return (loss * masked).sum() * num_ranks() / count.clamp(min=1.0)
+
+    def _is_probe_step(self, batch: Batch) -> bool:
+        """One step in `probe_every`, chosen without state and equally on every rank."""
+        return uniform_of_batch(batch) * self.config.balance.probe_every < 1.0
+
+    def _probe(self, local: Tensor, fields: FieldLosses, label: Tensor) -> Probe:
+        """Gradients of every field's loss and of the click loss on the last shared weight."""
+        weight = self.denoiser.shared_weight
+        losses = [*(local.sum(1) / fields.chance), label]
+        rows = [torch.autograd.grad(loss, weight, retain_graph=True)[0].flatten() for loss in losses]
+        gradients = mean_over_ranks(torch.stack(rows).float())
+        *of_fields, of_clicks = gradients
+        stacked = torch.stack(of_fields)
+        norms = stacked.norm(dim=1)
+        cosine = functional.cosine_similarity(stacked, of_clicks[None], dim=1)
+        return Probe(norms, cosine)
+
+
+def build_model(
+    schema: Schema,
+    statistics: Statistics,
+    model: ModelConfig,
+    train: TrainConfig,
+    stage: Stage,
+    stage_config: StageConfig,
+    seed: int,
+) -> HeteGen:
+    """Builds the model of one stage: tables on meta, the network seeded alike on every rank."""
+    torch.manual_seed(seed)
+    network = HeteGenNetwork(
+        schema,
+        statistics,
+        model,
+        stage,
+        table_l2=stage_config.table_l2,
+        autocast=train.precision == "bf16",
+    )
+    if network.is_generative and not network.fields:
+        raise ValueError(
+            f"stage `{stage}` has nothing to reconstruct: no field of the schema has "
+            "`reconstruct: true` and at least two values in the training rows"
+        )
+    return HeteGen(build_tables(schema, table_shapes(schema, statistics, model.dim)), network)
+
+
+def _click_loss(logits: Tensor, batch: Batch) -> Tensor:
+    """Binary cross-entropy; rows of padding do not count."""
+    real = (batch.row_ids >= 0).float()
+    loss = functional.binary_cross_entropy_with_logits(logits, batch.labels, reduction="none")
+    return (loss * real).sum() / real.sum().clamp(min=1.0)
+
+
+def _unbiased_l2(norms: Tensor, log_rate: Tensor) -> Tensor:
+    """Estimate of 1/2 ||E||^2 over whole tables from looked-up rows (METHOD section 10, derived).
+
+    A table row that a training row looks up q times in the mean stands in the batch B q times;
+    weighting each by 1 / (B q) makes the expectation the sum over all rows. Padding has norm 0.
+    """
+    return 0.5 * (norms * torch.exp(-log_rate)).sum() / norms.shape[0]
+
+
+def _one_hot_bins(level: Tensor, num_bins: int) -> Tensor:
+    index = (level * num_bins).long().clamp(max=num_bins - 1)
+    return functional.one_hot(index, num_bins).float()
+
+
+def _freeze(*modules: nn.Module) -> None:
+    for module in modules:
+        module.requires_grad_(False)

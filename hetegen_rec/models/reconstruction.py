@@ -1,0 +1,196 @@
+"""Heads that predict the noised cells of a row, one loss per row and field (METHOD section 4)."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from hetegen_rec.config.run import ReconstructionConfig
+from hetegen_rec.config.schema import NUM_RESERVED_IDS, Schema
+from hetegen_rec.data.batch import Batch
+from hetegen_rec.data.statistics import Statistics
+from hetegen_rec.models.corruption import Corrupted, RowNoise
+
+_MIN_TEMPERATURE = 0.01
+
+
+@dataclass
+class RowLosses:
+    """Cross-entropies of the reconstructable fields; a row has at most one term a field."""
+
+    loss: Tensor
+    """[B, F]: cross-entropy in nats; 0 where there is no target."""
+    is_target: Tensor
+    """[B, F] bool."""
+    chance: Tensor
+    """[F]: cross-entropy of a uniform guess on this rank's batch: log V, or log(1 + K)."""
+    baseline: Tensor
+    """[F]: cross-entropy of the field's own marginal distribution: its entropy, or log(1 + K)."""
+
+    def cat(self, other: "RowLosses") -> "RowLosses":
+        """The fields of both."""
+        return RowLosses(
+            torch.cat([self.loss, other.loss], 1),
+            torch.cat([self.is_target, other.is_target], 1),
+            torch.cat([self.chance, other.chance]),
+            torch.cat([self.baseline, other.baseline]),
+        )
+
+
+def split_fields(
+    schema: Schema, statistics: Statistics, config: ReconstructionConfig
+) -> tuple[list[str], list[str]]:
+    """Names of the fields with a full softmax and of those with a sampled one.
+
+    A field with fewer than two values has nothing to reconstruct and stands in neither.
+    """
+    full, sampled = [], []
+    for field in schema.fields:
+        num_values = statistics.table_rows(field.table_name) - NUM_RESERVED_IDS
+        if not field.reconstruct or num_values < 2:
+            continue
+        is_small = num_values <= config.full_softmax_max and field.kind != "sequence"
+        (full if is_small else sampled).append(field.name)
+    return full, sampled
+
+
+class FullSoftmax(nn.Module):
+    """Softmax over the whole vocabulary of each small field.
+
+    A multi-valued field is a set: its cross-entropy is the mean over the values of the row.
+    """
+
+    chance: Tensor
+    baseline: Tensor
+
+    def __init__(self, schema: Schema, statistics: Statistics, names: list[str], dim: int) -> None:
+        super().__init__()
+        tokens = [token.field for token in schema.tokens]
+        self.positions = {name: tokens.index(name) for name in names}
+        self.bags = {name for name in names if schema.field(name).kind == "multi_valued"}
+        sizes = {name: statistics.table_rows(name) - NUM_RESERVED_IDS for name in names}
+        self.classes = nn.ModuleDict({name: nn.Linear(dim, size) for name, size in sizes.items()})
+        entropies = [max(statistics.fields[name].entropy, 1e-3) for name in names]
+        chances = [math.log(size) for size in sizes.values()]
+        self.register_buffer("chance", torch.tensor(chances), persistent=False)
+        self.register_buffer("baseline", torch.tensor(entropies), persistent=False)
+
+    def forward(self, hidden: Tensor, batch: Batch, corrupted: Corrupted) -> RowLosses:
+        """hidden [B, T + 1, D] -> losses of these fields."""
+        targets = torch.stack([corrupted.is_target[:, p] for p in self.positions.values()], dim=1)
+        losses = []
+        for column, (name, position) in enumerate(self.positions.items()):
+            logits = self.classes[name](hidden[:, position]).float()  # [B, V]
+            classes = (batch.ids[:, position] - NUM_RESERVED_IDS).clamp(min=0)
+            if name in self.bags:
+                loss = _bag_cross_entropy(logits, batch, name)
+            else:
+                loss = functional.cross_entropy(logits, classes, reduction="none")
+            losses.append(torch.where(targets[:, column], loss, 0.0))
+        return RowLosses(torch.stack(losses, dim=1), targets, self.chance, self.baseline)
+
+
+def _bag_cross_entropy(logits: Tensor, batch: Batch, name: str) -> Tensor:
+    """Mean of -log p(value) over the known values of each row's bag, [B]."""
+    bag = batch.kjt[name]
+    values = bag.values() - NUM_RESERVED_IDS
+    rows = torch.repeat_interleave(
+        torch.arange(logits.shape[0], device=logits.device),
+        bag.lengths().long(),
+        output_size=values.shape[0],
+    )
+    known = (values >= 0).to(logits.dtype)
+    log_p = logits.log_softmax(-1)[rows, values.clamp(min=0)] * known
+    zeros = logits.new_zeros(logits.shape[0])
+    count = zeros.index_add(0, rows, known)
+    return -zeros.index_add(0, rows, log_p) / count.clamp(min=1.0)
+
+
+class SampledSoftmax(nn.Module):
+    """In-batch softmax of each large field and sequence, all of them at once.
+
+    Candidates are the clean looked-up rows of the same field in this rank's batch, so there is no
+    second lookup and the cost does not grow with the vocabulary. Logits are cosines with a learnt
+    temperature, corrected by the log frequency with which in-batch sampling draws a candidate
+    (logQ; Yi et al., RecSys 2019); candidates equal to the target are no negatives. Without the
+    temperature the cross-entropy would be bounded below by log(1 + (K - 1) e^-2).
+    A sequence predicts one of its noised items a row, chosen at random: an unbiased sample of the
+    mean over them that keeps the cost that of one token.
+    """
+
+    def __init__(
+        self, schema: Schema, names: list[str], dim: int, config: ReconstructionConfig
+    ) -> None:
+        super().__init__()
+        self.num_candidates = config.num_candidates
+        owners = [token.field for token in schema.tokens]
+        self.spans = [(owners.index(n), owners.index(n) + owners.count(n)) for n in names]
+        self.query = nn.Parameter(torch.eye(dim).repeat(len(names), 1, 1))
+        initial = math.log(config.temperature)
+        self.log_temperature = nn.Parameter(torch.full((len(names),), initial))
+
+    def forward(
+        self, hidden: Tensor, clean: Tensor, batch: Batch, corrupted: Corrupted, noise: RowNoise
+    ) -> RowLosses:
+        """hidden [B, T + 1, D], clean looked-up tokens [B, T, D] -> losses of these fields."""
+        picks = torch.stack(
+            [_pick(span, corrupted.is_target, batch.ids, noise) for span in self.spans], dim=1
+        )  # [B, F] token indices
+        ids = batch.ids.gather(1, picks).T  # [F, B]
+        log_q = batch.log_prior.gather(1, picks).T
+        is_target = corrupted.is_target.gather(1, picks)
+        query = _at(hidden, picks) @ self.query  # [F, B, D]
+        keys = functional.normalize(_at(clean, picks).float(), dim=-1)
+        temperature = self.log_temperature.exp().clamp(min=_MIN_TEMPERATURE)[:, None, None]
+        query = functional.normalize(query.float(), dim=-1) / temperature
+        k = min(self.num_candidates, ids.shape[1])
+        positive = (query * keys).sum(-1) - log_q  # [F, B]
+        negative = query @ keys[:, :k].mT - log_q[:, None, :k]  # [F, B, K]
+        valid = ids[:, :k] >= NUM_RESERVED_IDS  # [F, K]
+        hit = (ids[:, :, None] == ids[:, None, :k]) | ~valid[:, None, :]
+        negative = negative.masked_fill(hit, float("-inf"))
+        logits = torch.cat([positive[..., None], negative], dim=-1)
+        loss = torch.logsumexp(logits, -1) - positive  # [F, B]
+        chance = torch.log1p(valid.sum(1).clamp(min=1).float())
+        return RowLosses(torch.where(is_target, loss.T, 0.0), is_target, chance, chance)
+
+
+def _pick(span: tuple[int, int], is_target: Tensor, ids: Tensor, noise: RowNoise) -> Tensor:
+    """[B]: a random noised token of the span, else a random present one."""
+    start, stop = span
+    if stop - start == 1:
+        return torch.full_like(ids[:, 0], start)
+    score = noise.picks()[:, start:stop] + is_target[:, start:stop] + (ids[:, start:stop] >= 0)
+    return start + score.argmax(dim=1)
+
+
+def _at(tokens: Tensor, picks: Tensor) -> Tensor:
+    """tokens [B, S, D] at picks [B, F] -> [F, B, D]."""
+    index = picks[..., None].expand(-1, -1, tokens.shape[-1])
+    return tokens.gather(1, index).transpose(0, 1)
+
+
+class Reconstruction(nn.Module):
+    """All heads; `fields` names the columns of what they return."""
+
+    def __init__(
+        self, schema: Schema, statistics: Statistics, dim: int, config: ReconstructionConfig
+    ) -> None:
+        super().__init__()
+        self.full_fields, self.sampled_fields = split_fields(schema, statistics, config)
+        self.fields = [*self.full_fields, *self.sampled_fields]
+        self.full = FullSoftmax(schema, statistics, self.full_fields, dim)
+        self.sampled = SampledSoftmax(schema, self.sampled_fields, dim, config)
+
+    def forward(
+        self, hidden: Tensor, clean: Tensor, batch: Batch, corrupted: Corrupted, noise: RowNoise
+    ) -> RowLosses:
+        """Losses [B, F] of every reconstructable field."""
+        parts = []
+        if self.full_fields:
+            parts.append(self.full(hidden, batch, corrupted))
+        if self.sampled_fields:
+            parts.append(self.sampled(hidden, clean, batch, corrupted, noise))
+        return parts[0] if len(parts) == 1 else parts[0].cat(parts[1])

@@ -1,0 +1,59 @@
+"""Averages of what a step shows, kept on the device between two lines of the log."""
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hetegen_rec.models.difficulty import Difficulty
+from hetegen_rec.models.hetegen import Outputs
+
+
+class Meter:
+    """Collects the outputs of a few steps; reading it is the only wait for the device."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Starts a new window."""
+        self._steps = 0
+        self._rows = 0
+        self._start = time.monotonic()
+        self._terms: dict[str, Tensor] = {}
+        self._fields: tuple[Tensor, Tensor] | None = None
+
+    def add(self, outputs: Outputs, rows: int) -> None:
+        """Adds one step of `rows` rows over all ranks."""
+        self._steps += 1
+        self._rows += rows
+        for name, term in outputs.terms.items():
+            self._terms[name] = self._terms.get(name, torch.zeros_like(term)) + term
+        if outputs.fields is not None:
+            relative = (outputs.fields.relative * outputs.fields.share).sum(1)
+            cross_entropy = outputs.fields.per_field
+            if self._fields is not None:
+                cross_entropy = cross_entropy + self._fields[0]
+                relative = relative + self._fields[1]
+            self._fields = (cross_entropy, relative)
+
+    def read(self, difficulty: Difficulty, names: list[str]) -> dict[str, Any]:
+        """Means over the window, as plain numbers: rate, terms, and every field's l, r, s, w.
+
+        `loss` is the sum of the terms without the calibration of s, which is no measure of fit.
+        """
+        terms = {name: total.item() / self._steps for name, total in self._terms.items()}
+        loss = sum(value for name, value in terms.items() if name != "calibration")
+        rate = self._rows / max(time.monotonic() - self._start, 1e-9)
+        values: dict[str, Any] = {"samples_per_second": round(rate, 1), "loss": loss, "terms": terms}
+        if self._fields is not None:
+            cross_entropy, relative = (total / self._steps for total in self._fields)
+            columns = [cross_entropy, relative, difficulty.difficulty.detach().mean(1)]
+            columns.append(difficulty.weights().mean(1))
+            rows = torch.stack(columns, dim=1).tolist()
+            keys = ("loss", "relative", "difficulty", "weight")
+            values["fields"] = {
+                name: dict(zip(keys, row, strict=True)) for name, row in zip(names, rows, strict=True)
+            }
+        return values

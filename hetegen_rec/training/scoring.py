@@ -1,0 +1,47 @@
+"""Scoring rows with a sharded model, exactly once each."""
+
+from typing import Any
+
+import torch
+from torchrec.distributed import DistributedModelParallel
+
+from hetegen_rec.config.run import RunConfig
+from hetegen_rec.data.reader import Reader
+from hetegen_rec.data.statistics import Statistics
+from hetegen_rec.distributed.runtime import Runtime
+from hetegen_rec.evaluation.gather import evaluate_predictions
+from hetegen_rec.evaluation.predictions import Predictions
+from hetegen_rec.evaluation.slices import head_threshold
+from hetegen_rec.models.hetegen import Outputs
+
+
+@torch.no_grad()
+def score_rows(model: DistributedModelParallel, reader: Reader, runtime: Runtime) -> Predictions:
+    """This rank's share of a split, scored. A collective: all ranks make equally many batches."""
+    model.eval()
+    predictions = Predictions()
+    for batch in reader.epoch(0):
+        outputs: Outputs = model(batch.to(runtime.device))[1]
+        if outputs.logits is None:
+            raise RuntimeError("the model scored nothing; it must be in eval mode")
+        predictions.add(
+            outputs.logits.sigmoid().cpu(), batch.labels.cpu(), batch.row_ids.cpu(), batch.context
+        )
+    return predictions
+
+
+def measure(
+    predictions: Predictions,
+    config: RunConfig,
+    statistics: Statistics,
+    runtime: Runtime,
+    temperature: float | None = None,
+) -> dict[str, Any]:
+    """Metrics and slices over all ranks' rows, the same on every rank. A collective."""
+    item = config.features.item
+    threshold = None
+    if item is not None:
+        counts = statistics.fields[item].counts
+        threshold = head_threshold(counts, config.evaluation.head_share)
+    group = runtime.host_group if runtime.world_size > 1 else None
+    return evaluate_predictions(predictions, group, config.evaluation, threshold, temperature)

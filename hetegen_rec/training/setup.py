@@ -1,0 +1,99 @@
+"""From a configuration to a sharded model and its readers: what training and scoring share."""
+
+import logging
+from dataclasses import dataclass
+
+from rich.table import Table
+from torchrec.distributed import DistributedModelParallel
+
+from hetegen_rec.config.run import RunConfig, Split, Stage
+from hetegen_rec.data.encoding import Encoder
+from hetegen_rec.data.reader import Reader, open_reader
+from hetegen_rec.data.statistics import Statistics
+from hetegen_rec.distributed.optimizers import attach_table_optimizer
+from hetegen_rec.distributed.planning import PlannedTable, agree_on_plan, plan_summary
+from hetegen_rec.distributed.runtime import Runtime
+from hetegen_rec.distributed.sharding import init_tables, shard_model
+from hetegen_rec.models.hetegen import HeteGenNetwork, build_model
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class ShardedModel:
+    """A model spread over the ranks."""
+
+    dmp: DistributedModelParallel
+    network: HeteGenNetwork
+    """The replicated part; the same object that `dmp` wraps."""
+    plan: list[PlannedTable]
+
+
+def build_sharded(
+    config: RunConfig, stage: Stage, statistics: Statistics, runtime: Runtime
+) -> ShardedModel:
+    """Builds, plans and shards the model of a stage. A collective."""
+    stage_config = config.stage(stage)
+    model = build_model(
+        config.features,
+        statistics,
+        config.model,
+        config.train,
+        stage,
+        stage_config,
+        config.seed,
+    )
+    attach_table_optimizer(
+        model.ebc,
+        config.train.table_optimizer,
+        stage_config.table_lr,
+        runtime.device.type,
+        stage_config.max_grad_norm,
+    )
+    rows_per_rank = config.train.batch_size // runtime.world_size
+    plan = agree_on_plan(runtime, model, config.distributed, rows_per_rank)
+    planned = plan_summary(plan, model)
+    network = model.network.to(runtime.device)
+    dmp = shard_model(model, plan, runtime, config.distributed)
+    init_tables(dmp, config.seed, config.model.init_std)
+    return ShardedModel(dmp, network, planned)
+
+
+def open_split(
+    config: RunConfig,
+    split: Split,
+    statistics: Statistics,
+    runtime: Runtime,
+    *,
+    stage: Stage | None = None,
+) -> Reader:
+    """The reader of one split: shuffled training rows of a stage, or every row once to score."""
+    train = stage is not None
+    encoder = None
+    if config.data.encode == "on_the_fly":
+        encoder = Encoder.load(config.data.prepared_dir, config.features)
+    return open_reader(
+        config,
+        split,
+        statistics,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        batch_size=config.train.batch_size if train else config.train.eval_batch_size,
+        train=train,
+        seed=config.seed,
+        oov_dropout=config.stage(stage).oov_dropout if stage is not None else 0.0,
+        encoder=encoder,
+    )
+
+
+def plan_table(plan: list[PlannedTable]) -> Table:
+    """The sharding plan as a table to print."""
+    table = Table(title="Sharding plan")
+    for name in ("table", "rows", "dim", "sharding", "ranks", "kernel", "MiB"):
+        table.add_column(name, justify="right" if name in ("rows", "dim", "MiB") else "left")
+    for line in plan:
+        ranks = ", ".join(map(str, line.ranks))
+        table.add_row(
+            line.table, f"{line.rows:,}", str(line.dim), line.sharding, ranks, line.kernel, f"{line.mib:.2f}"
+        )
+    return table

@@ -1,0 +1,125 @@
+"""What a run goes through: data, the stages of training, evaluation, predictions, report."""
+
+import json
+import logging
+import shutil
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from hetegen_rec.config.errors import ConfigError
+from hetegen_rec.config.loading import load_config, save_config
+from hetegen_rec.config.run import RunConfig, Stage
+from hetegen_rec.data.prepare import prepare, read_statistics
+from hetegen_rec.data.sources import fetch_source
+from hetegen_rec.data.statistics import Statistics
+from hetegen_rec.distributed.optimizers import make_optimizer
+from hetegen_rec.distributed.runtime import Runtime
+from hetegen_rec.training.checkpoint import Checkpoints, schema_fingerprint
+from hetegen_rec.training.logs import RunLog
+from hetegen_rec.training.setup import build_sharded, open_split, plan_table
+from hetegen_rec.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+DONE = "done.json"
+CHECKPOINTS = "checkpoints"
+
+
+def prepare_data(config: RunConfig, runtime: Runtime) -> Statistics:
+    """Brings a built-in data set if the run names one, and encodes whatever is not encoded yet."""
+    with runtime.together("fetching the data set"):
+        if config.data.source and runtime.is_main:
+            fetch_source(config.data.source, str(config.data.raw_dir))
+    prepare(config, runtime)
+    return read_statistics(config)
+
+
+def run_stage(config: RunConfig, stage: Stage, runtime: Runtime) -> None:
+    """Trains one stage from the start; what an earlier attempt left in its directory is replaced.
+
+    `finetune` starts from the newest checkpoint of `pretrain`, all parameters transferred.
+    """
+    started = time.monotonic()
+    _check_batch(config, runtime)
+    statistics = prepare_data(config, runtime)
+    directory = config.stage_dir(stage)
+    initial = _pretrained(config, runtime) if stage == "finetune" else None
+    with runtime.together(f"clearing {directory}"):
+        if runtime.is_main:
+            _clear(directory)
+            save_config(config, directory / "config.yaml")
+    model = build_sharded(config, stage, statistics, runtime)
+    if runtime.is_main:
+        Console().print(plan_table(model.plan))
+    if initial is not None:
+        open_checkpoints(config, "pretrain", runtime).load(initial, model.dmp)
+    optimizer = make_optimizer(
+        model.dmp,
+        config.stage(stage),
+        config.train.table_optimizer,
+        config.model.balance.learning_rate,
+    )
+    readers = (
+        open_split(config, "train", statistics, runtime, stage=stage),
+        open_split(config, "valid", statistics, runtime),
+    )
+    checkpoints = open_checkpoints(config, stage, runtime)
+    with RunLog(directory, enabled=runtime.is_main, tensorboard=config.train.tensorboard) as log:
+        trainer = Trainer(
+            config, stage, model, optimizer, statistics, readers, checkpoints, log, runtime
+        )
+        trainer.run()
+    if runtime.is_main:
+        done = {"steps": trainer.step, "seconds": round(time.monotonic() - started, 1)}
+        (directory / DONE).write_text(json.dumps(done), encoding="utf-8")
+
+
+def is_done(config: RunConfig, stage: Stage) -> bool:
+    """Whether a stage was finished under exactly this configuration."""
+    directory = config.stage_dir(stage)
+    if not (directory / DONE).exists():
+        return False
+    try:
+        return load_config(directory / "config.yaml") == config
+    except ConfigError:
+        return False
+
+
+def open_checkpoints(config: RunConfig, stage: Stage, runtime: Runtime) -> Checkpoints:
+    """The checkpoints of one stage of a run."""
+    return Checkpoints(
+        config.stage_dir(stage) / CHECKPOINTS,
+        runtime,
+        config.train.keep_checkpoints,
+        schema_fingerprint(config.features),
+    )
+
+
+def _pretrained(config: RunConfig, runtime: Runtime) -> Path:
+    path = open_checkpoints(config, "pretrain", runtime).latest()
+    if path is None:
+        raise ConfigError(
+            f"finetune starts from a pre-trained model, but {config.stage_dir('pretrain')} holds no "
+            "checkpoint; run `pretrain` with the same config first, or train from scratch (`scratch`)"
+        )
+    return path
+
+
+def _check_batch(config: RunConfig, runtime: Runtime) -> None:
+    for key in ("batch_size", "eval_batch_size"):
+        rows = getattr(config.train, key)
+        lanes = config.data.lanes or runtime.world_size
+        if rows % lanes:
+            raise ConfigError(
+                f"train.{key}: {rows} rows a step cannot be shared equally by {lanes} ranks or lanes; "
+                f"use a multiple of {lanes}, such as {-(-rows // lanes) * lanes}"
+            )
+
+
+def _clear(directory: Path) -> None:
+    if directory.exists():
+        logger.info("replacing the earlier attempt in %s", directory)
+        shutil.rmtree(directory)
+    directory.mkdir(parents=True)
