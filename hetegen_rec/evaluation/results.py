@@ -1,0 +1,133 @@
+"""evaluation.json of a stage, and what several stages of a run say beside each other."""
+
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict, get_args
+
+from hetegen_rec.config.run import Stage
+from hetegen_rec.evaluation.errors import EvaluationError
+from hetegen_rec.evaluation.metrics import relative_improvement
+from hetegen_rec.evaluation.significance import Interval, auc_difference_interval, read_predictions
+
+logger = logging.getLogger(__name__)
+
+FILE_NAME = "evaluation.json"
+STAGES: tuple[Stage, ...] = get_args(Stage)
+BASE_STAGE: Stage = "scratch"
+STAGE_TITLES: dict[str, str] = {
+    "pretrain": "Pre-trained",
+    "finetune": "Fine-tuned",
+    "joint": "Joint",
+    "scratch": "From scratch",
+}
+
+
+class StageEvaluation(TypedDict):
+    """Content of evaluation.json."""
+
+    run: str
+    stage: str
+    checkpoint: str
+    step: int
+    splits: dict[str, dict[str, Any]]
+    """Results of `gather.evaluate_predictions` by split."""
+
+
+def write_evaluation(stage_dir: Path, evaluation: StageEvaluation) -> Path:
+    """Writes evaluation.json in one piece: a reader sees the old file or the new one."""
+    path = stage_dir / FILE_NAME
+    stage_dir.mkdir(parents=True, exist_ok=True)
+    handle, draft = tempfile.mkstemp(prefix=f".{FILE_NAME}-", dir=stage_dir)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            # NaN is not JSON, and no metric may be one.
+            json.dump(evaluation, file, indent=2, allow_nan=False)
+            file.write("\n")
+        os.chmod(draft, 0o644)
+        os.replace(draft, path)
+    except BaseException:
+        Path(draft).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def read_evaluation(stage_dir: Path) -> StageEvaluation | None:
+    """Reads evaluation.json; None if the stage was not evaluated.
+
+    Raises:
+        EvaluationError: the file is not what `write_evaluation` writes.
+    """
+    path = stage_dir / FILE_NAME
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EvaluationError(f"{path}: cannot be read: {error}; evaluate the stage again") from error
+    missing = [key for key in StageEvaluation.__annotations__ if key not in content]
+    if missing:
+        raise EvaluationError(f"{path}: lacks {', '.join(missing)}; evaluate the stage again")
+    evaluation: StageEvaluation = content
+    return evaluation
+
+
+def read_evaluations(run_dir: Path) -> dict[str, StageEvaluation]:
+    """The evaluations of a run's stages, in order of stage."""
+    found = {stage: read_evaluation(run_dir / stage) for stage in STAGES}
+    return {stage: evaluation for stage, evaluation in found.items() if evaluation is not None}
+
+
+def headline_split(evaluations: Mapping[str, StageEvaluation]) -> str:
+    """The split that results are about: `test` if any stage was evaluated on it, else `valid`."""
+    return "test" if any("test" in one["splits"] for one in evaluations.values()) else "valid"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One stage against the same network trained from scratch."""
+
+    stage: str
+    split: str
+    auc_difference: float
+    relative_improvement: float | None
+    interval: Interval | None
+    """Of the AUC difference; None unless both stages left predictions of the same rows."""
+
+
+def compare_with_scratch(
+    run_dir: Path, evaluations: Mapping[str, StageEvaluation], split: str
+) -> dict[str, Comparison]:
+    """Compares every other click stage with from-scratch; empty if one side is missing."""
+    base = _auc(evaluations, BASE_STAGE, split)
+    comparisons = {}
+    for stage in ("finetune", "joint"):
+        value = _auc(evaluations, stage, split)
+        if value is None or base is None:
+            continue
+        comparisons[stage] = Comparison(
+            stage, split, value - base, relative_improvement(value, base), _interval(run_dir, stage, split)
+        )
+    return comparisons
+
+
+def _auc(evaluations: Mapping[str, StageEvaluation], stage: str, split: str) -> float | None:
+    if stage not in evaluations:
+        return None
+    value: float | None = evaluations[stage]["splits"].get(split, {}).get("auc")
+    return value
+
+
+def _interval(run_dir: Path, stage: str, split: str) -> Interval | None:
+    ours, theirs = (read_predictions(run_dir / name / "predictions" / split) for name in (stage, BASE_STAGE))
+    if ours is None or theirs is None:
+        return None
+    try:
+        return auc_difference_interval(ours, theirs)
+    except EvaluationError as error:
+        logger.warning("no confidence interval for %s on %s: %s", stage, split, error)
+        return None
