@@ -16,6 +16,7 @@ from torchrec import KeyedJaggedTensor
 from hetegen_rec.config.schema import NUM_RESERVED_IDS, ReservedId, Schema
 from hetegen_rec.data.batch import Batch, Cursor
 from hetegen_rec.data.hashing import salt_of, uniform
+from hetegen_rec.data.raw import DataError
 from hetegen_rec.data.statistics import Statistics
 
 LABEL = "__label"
@@ -72,6 +73,7 @@ class Batcher:
             statistics: of the training rows, for the frequencies.
         """
         self.schema = schema
+        self.encoded_schema = encoded_schema(schema)
         self._num_rows = statistics.num_rows
         self._keys = [token.key for token in schema.tokens]
         token_fields = [schema.field(token.field) for token in schema.tokens]
@@ -107,7 +109,7 @@ class Batcher:
                 and reconstructs. Whether it does is a hash of (noise_seed, row id, place in the row).
 
         Raises:
-            ValueError: an id lies outside its table: the table was encoded with other statistics.
+            DataError: an id lies outside its embedding table: the rows were encoded with other statistics.
         """
         ids, bags = self._read_ids(table)
         self._check_range(ids, bags)
@@ -134,17 +136,14 @@ class Batcher:
 
     def padding(self, num_rows: int) -> pa.Table:
         """Encoded rows that stand for none: no ids at all and the row id -1."""
-        columns: dict[str, pa.Array] = {}
-        for field in self.schema.fields:
-            if field.is_list:
-                columns[field.name] = pa.array([[]] * num_rows, pa.list_(pa.int32()))
-            else:
-                columns[field.name] = pa.array(np.full(num_rows, _NO_ID, dtype=np.int32))
-        columns[LABEL] = pa.array(np.zeros(num_rows, dtype=np.float32))
-        columns[ROW_ID] = pa.array(np.full(num_rows, -1, dtype=np.int64))
-        for column in context_columns(self.schema).values():
-            columns[column] = pa.array(np.zeros(num_rows, dtype=np.int64))
-        return pa.table(columns)
+        columns = []
+        for field in self.encoded_schema:
+            if pa.types.is_list(field.type):
+                columns.append(pa.array([[]] * num_rows, field.type))
+                continue
+            value = _NO_ID if field.name in self.schema.field_names or field.name == ROW_ID else 0
+            columns.append(pa.array([value] * num_rows, field.type))
+        return pa.table(columns, schema=self.encoded_schema)
 
     def _read_ids(self, table: pa.Table) -> tuple[NDArray[np.int64], dict[int, _Bags]]:
         """The matrix [T, B], and the bags of the multi-valued fields by token."""
@@ -172,7 +171,7 @@ class Batcher:
         if outside.any():
             token = int(outside.argmax())
             values = bags[token].values if token in bags else ids[token]
-            raise ValueError(
+            raise DataError(
                 f"token {self._keys[token]!r}: ids from {values.min()} to {values.max()}, but its table "
                 f"has {self._num_ids[token, 0]} rows; the data were encoded with other statistics: run "
                 "prepare again"
@@ -186,9 +185,10 @@ class Batcher:
         bags: dict[int, _Bags],
     ) -> NDArray[np.float32]:
         """[T, B] log-frequencies; of a bag the mean of its values' logs, so that no value dominates."""
-        found = frequencies.take(ids + (starts + 1))
+        # The range is checked already, and this mode is the fast one.
+        found = frequencies.take(ids + (starts + 1), mode="clip")
         for token, bag in bags.items():
-            found[token] = bag.mean(frequencies.take(bag.values + (starts[token] + 1)))
+            found[token] = bag.mean(frequencies.take(bag.values + (starts[token] + 1), mode="clip"))
         return found
 
     def _drop_rare(
@@ -215,7 +215,7 @@ class Batcher:
         salt: int,
         strength: float,
     ) -> None:
-        counts = np.rint(np.exp(self._log_rate.take(ids + (starts + 1))) * self._num_rows)
+        counts = np.rint(np.exp(self._log_rate.take(ids + (starts + 1), mode="clip")) * self._num_rows)
         drawn = uniform(slots, salt) * (strength + counts) < strength
         ids[drawn & (ids >= NUM_RESERVED_IDS)] = ReservedId.OUT_OF_VOCABULARY
 
@@ -249,9 +249,11 @@ def context_columns(schema: Schema) -> dict[str, str]:
     return {name: f"__{name}" for name, source in sources.items() if source is not None}
 
 
-def encoded_columns(schema: Schema) -> list[str]:
-    """All columns of an encoded table."""
-    return [*schema.field_names, LABEL, ROW_ID, *context_columns(schema).values()]
+def encoded_schema(schema: Schema) -> pa.Schema:
+    """Columns and types of an encoded table."""
+    fields = [(f.name, pa.list_(pa.int32()) if f.is_list else pa.int32()) for f in schema.fields]
+    context = [(column, pa.int64()) for column in context_columns(schema).values()]
+    return pa.schema([*fields, (LABEL, pa.float32()), (ROW_ID, pa.int64()), *context])
 
 
 def _flatten(

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hetegen_rec.config.errors import ConfigError
-from hetegen_rec.data.raw import RowGroup
+from hetegen_rec.data.raw import DataError, RowGroup
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class RowPlan:
                 remainder (training).
 
         Raises:
-            ConfigError: no rows at all, or without `pad` fewer rows than lanes.
+            DataError: no rows at all, or without `pad` fewer rows than lanes.
         """
         groups = [group for group in row_groups if group.num_rows]
         total = sum(group.num_rows for group in groups)
@@ -152,9 +152,9 @@ def _check_enough_rows(total: int, num_lanes: int, row_groups: Sequence[RowGroup
     files = sorted({group.path for group in row_groups})
     where = f"{files[0]} (of {len(files)} file(s))" if files else "the split"
     if total == 0:
-        raise ConfigError(f"{where}: no rows to read; check the paths under `data`")
+        raise DataError(f"{where}: no rows to read; check the paths under `data`")
     if total < num_lanes and not pad:
-        raise ConfigError(
+        raise DataError(
             f"{where}: {total} row(s) cannot be shared by {num_lanes} lanes (one a rank unless "
             "`data.lanes` is set); use fewer ranks or more data"
         )

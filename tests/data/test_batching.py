@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from hetegen_rec.config.schema import Schema
 from hetegen_rec.data.batch import Cursor
-from hetegen_rec.data.batching import Batcher, encoded_columns
+from hetegen_rec.data.batching import Batcher, encoded_schema
 
 SCHEMA = Schema.model_validate(
     {
@@ -163,7 +163,7 @@ def test_lengths_per_key_are_known_without_asking_the_tensors():
 def test_padding_holds_no_ids_and_no_rows():
     batcher = Batcher(SCHEMA, FakeStatistics())
     padding = batcher.padding(3)
-    assert padding.column_names == encoded_columns(SCHEMA)
+    assert padding.schema == encoded_schema(SCHEMA)
     batch = make(padding)
     assert batch.row_ids.tolist() == [-1, -1, -1]
     assert (batch.ids == -1).all()

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hetegen_rec.config.errors import ConfigError
-from hetegen_rec.data.raw import RowGroup
+from hetegen_rec.data.raw import DataError, RowGroup
 from hetegen_rec.data.row_plan import RowPlan, lanes_of
 
 SIZES = st.lists(st.integers(0, 40), min_size=1, max_size=8).filter(any)
@@ -109,13 +109,13 @@ def test_a_hundred_million_rows_plan_at_once():
 
 
 def test_fewer_rows_than_lanes_is_an_error_in_training():
-    with pytest.raises(ConfigError, match=r"part-0\.parquet.*3 row\(s\) cannot be shared by 4 lanes"):
+    with pytest.raises(DataError, match=r"part-0\.parquet.*3 row\(s\) cannot be shared by 4 lanes"):
         plan_of([1, 2], num_lanes=4)
 
 
 @pytest.mark.parametrize("pad", [True, False])
 def test_no_rows_is_an_error(pad):
-    with pytest.raises(ConfigError, match="no rows"):
+    with pytest.raises(DataError, match="no rows"):
         plan_of([0, 0], pad=pad)
 
 
