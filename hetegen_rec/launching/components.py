@@ -51,7 +51,7 @@ def ddp(
         gpu: GPUs of a replica
         memMB: memory of a replica in MB
         j: [{min_hosts}:]{hosts}x{processes per host}
-        env: environment variables of the job, as K1=V1,K2=V2
+        env: environment variables of the job, as K1=V1,K2=V2; OMP_NUM_THREADS is 1 unless given here
         max_retries: times that the scheduler may restart the job
         rdzv_port: port on the first host where the hosts meet; 0 chooses one that is free on this
             machine. Set it where a firewall between hosts opens certain ports only.
@@ -70,6 +70,10 @@ def ddp(
         script = arguments.pop(0)
         if arguments[:1] == ["--"]:
             arguments.pop(0)
+    env = dict(env or {})
+    if dist.parse_nnodes(j)[2] > 1:
+        # The value that torchrun would choose itself, without its warning on every host.
+        env.setdefault("OMP_NUM_THREADS", "1")
     return dist.ddp(
         *arguments,
         script=script,
