@@ -84,9 +84,9 @@ class Batcher:
         self._prior_starts = np.array([prior_segments[f.name] for f in token_fields])[:, None]
         self._rate_starts = np.array([rate_segments[f.table_name] for f in token_fields])[:, None]
         self._num_ids = np.array([len(rates[f.table_name]) for f in token_fields])[:, None]
-        slots = [f.list_length if f.kind == "multi_valued" else 1 for f in token_fields]
+        slots = np.array([f.list_length if f.kind == "multi_valued" else 1 for f in token_fields])
         self._first_slots = (np.cumsum(slots) - slots)[:, None]
-        self._num_slots = sum(slots)
+        self._num_slots = int(slots.sum())
         self._first_tokens = {t.field: i for i, t in enumerate(schema.tokens) if t.position == 0}
 
     def make(
@@ -165,11 +165,13 @@ class Batcher:
         return ids, bags
 
     def _check_range(self, ids: NDArray[np.int64], bags: dict[int, _Bags]) -> None:
-        outside = ((ids >= self._num_ids) | (ids < _NO_ID)).any(axis=1)
+        wrong = (ids >= self._num_ids) | (ids < _NO_ID)
+        outside = set(np.flatnonzero(wrong.any(axis=1)).tolist())
         for token, bag in bags.items():
-            outside[token] |= ((bag.values >= self._num_ids[token]) | (bag.values < 0)).any()
-        if outside.any():
-            token = int(outside.argmax())
+            if bag.values.min(initial=0) < 0 or bag.values.max(initial=0) >= self._num_ids[token]:
+                outside.add(token)
+        if outside:
+            token = min(outside)
             values = bags[token].values if token in bags else ids[token]
             raise DataError(
                 f"token {self._keys[token]!r}: ids from {values.min()} to {values.max()}, but its table "
@@ -215,7 +217,9 @@ class Batcher:
         salt: int,
         strength: float,
     ) -> None:
-        counts = np.rint(np.exp(self._log_rate.take(ids + (starts + 1), mode="clip")) * self._num_rows)
+        seen = np.exp(self._log_rate.take(ids + (starts + 1), mode="clip")) * self._num_rows
+        # A whole number up to rounding, or the half that stands for never seen.
+        counts = np.floor(seen + 0.25)
         drawn = uniform(slots, salt) * (strength + counts) < strength
         ids[drawn & (ids >= NUM_RESERVED_IDS)] = ReservedId.OUT_OF_VOCABULARY
 

@@ -33,10 +33,9 @@ NUM_TRAINING_ROWS = 1000
 class FakeStatistics:
     """Frequencies that tell all fields, tables and ids apart."""
 
-    num_rows = NUM_TRAINING_ROWS
-
-    def __init__(self, occurrences=None):
+    def __init__(self, occurrences=None, num_rows=NUM_TRAINING_ROWS):
         self.occurrences = occurrences or {}
+        self.num_rows = num_rows
 
     def log_prior(self, field):
         place = SCHEMA.field_names.index(field)
@@ -44,7 +43,7 @@ class FakeStatistics:
 
     def log_rate(self, table):
         counts = self.occurrences.get(table, np.arange(NUM_IDS[table]) + 1)
-        return np.log(np.maximum(counts, 0.5) / NUM_TRAINING_ROWS).astype(np.float32)
+        return np.log(np.maximum(counts, 0.5) / self.num_rows).astype(np.float32)
 
 
 def ids_of(table):
@@ -199,8 +198,10 @@ def test_dropout_replaces_an_id_seen_n_times_with_probability_a_over_a_plus_n():
     assert torch.equal(bags[:, 0], batch.ids[:, keys.index("genres")])
 
 
-def test_dropout_spares_reserved_ids_and_always_takes_unseen_ones():
-    batch = make(many_rows(50), FakeStatistics({"user": np.zeros(7)}), oov_dropout=0.5)
+@pytest.mark.parametrize("num_rows", [7, 1000, 12_345, 999_983, 10**8])
+def test_dropout_spares_reserved_ids_and_always_takes_unseen_ones(num_rows):
+    statistics = FakeStatistics({"user": np.zeros(7)}, num_rows)
+    batch = make(many_rows(50), statistics, oov_dropout=0.5)
     assert (batch.ids[:, 0] == 1).all()
     assert (batch.ids[:, -1] == 0).all()
 
