@@ -1,0 +1,184 @@
+"""From raw files over `prepare` to batches: prepared shards and raw rows encoded while reading."""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from hetegen_rec.config.errors import ConfigError
+from hetegen_rec.config.loading import parse_config
+from hetegen_rec.data.encoding import Encoder
+from hetegen_rec.data.prepare import prepare
+from hetegen_rec.data.raw import DataError
+from hetegen_rec.data.reader import open_reader
+from hetegen_rec.data.workers import Alone
+
+ROWS = {"train": 120, "valid": 31, "test": 2}
+
+
+def write_raw(directory, num_rows, seed):
+    generator = np.random.default_rng(seed)
+    items = generator.integers(0, 12, num_rows)
+    table = pa.table(
+        {
+            "click": generator.integers(0, 2, num_rows),
+            "time": np.arange(num_rows) + 1000 * seed,
+            "user": [f"u{user}" for user in generator.integers(0, 9, num_rows)],
+            "item": [None if item == 5 else int(item) for item in items],
+            "age": np.where(items == 3, np.nan, generator.normal(size=num_rows)),
+            "tags": [[f"t{tag}" for tag in generator.integers(0, 4, n)] for n in items % 3],
+            "history": [generator.integers(0, 14, n).tolist() for n in items % 5],
+        }
+    )
+    directory.mkdir()
+    half = num_rows // 2
+    pq.write_table(table.slice(0, half), directory / "a.parquet", row_group_size=17)
+    pq.write_table(table.slice(half), directory / "b.parquet", row_group_size=50)
+
+
+def config_of(directory, **data):
+    return parse_config(
+        {
+            "name": "tiny",
+            "run_dir": str(directory / "run"),
+            "data": {
+                **{split: f"{directory}/{split}/*.parquet" for split in ROWS},
+                "prepared_dir": str(directory / data.get("encode", "prepared")),
+                "rows_per_group": 16,
+                "shuffle_rows": 25,
+                **data,
+            },
+            "features": {
+                "label": "click",
+                "timestamp": "time",
+                "user": "user",
+                "item": "item",
+                "fields": [
+                    {"name": "user", "kind": "id"},
+                    {"name": "item", "kind": "id", "min_count": 3},
+                    {"name": "age", "kind": "numeric", "num_buckets": 4},
+                    {"name": "tags", "kind": "multi_valued", "max_length": 2},
+                    {"name": "history", "kind": "sequence", "table": "item", "max_length": 3},
+                ],
+            },
+        },
+        "test",
+    )
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("raw")
+    for seed, (split, num_rows) in enumerate(ROWS.items()):
+        write_raw(directory / split, num_rows, seed)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def prepared(raw):
+    """The configuration and statistics of encoded shards."""
+    config = config_of(raw)
+    return config, prepare(config, Alone())
+
+
+@pytest.fixture(scope="module")
+def on_the_fly(raw):
+    """The same of raw shards, with an encoder."""
+    config = config_of(raw, encode="on_the_fly")
+    statistics = prepare(config, Alone())
+    return config, statistics, Encoder.load(config.data.prepared_dir, config.features)
+
+
+def open_split(config, statistics, split, encoder=None, **changes):
+    arguments = {
+        "rank": 0,
+        "world_size": 1,
+        "batch_size": 16,
+        "train": split == "train",
+        "seed": 1,
+        "oov_dropout": 0.0,
+    }
+    return open_reader(config, split, statistics, encoder=encoder, **{**arguments, **changes})
+
+
+def rows_of(reader):
+    """Content of every row, by row id."""
+    rows = {}
+    for batch in reader.epoch(0):
+        bags = []
+        for tensor in batch.kjt.to_dict().values():
+            bags.append([bag.tolist() for bag in torch.split(tensor.values(), tensor.lengths().tolist())])
+        for b, row_id in enumerate(batch.row_ids.tolist()):
+            context = {name: column[b].item() for name, column in batch.context.items()}
+            rows[row_id] = (batch.labels[b].item(), [column[b] for column in bags], context)
+    return rows
+
+
+@pytest.mark.parametrize("split", list(ROWS))
+def test_rows_encoded_on_the_fly_are_the_prepared_rows(prepared, on_the_fly, split):
+    expected = rows_of(open_split(*prepared, split))
+    config, statistics, encoder = on_the_fly
+    assert rows_of(open_split(config, statistics, split, encoder)) == expected
+    assert set(expected) == set(range(ROWS[split]))
+
+
+def test_frequencies_are_finite_for_every_token(prepared):
+    for batch in open_split(*prepared, "valid").epoch(0):
+        assert torch.isfinite(batch.log_prior).all()
+        assert torch.isfinite(batch.log_rate).all()
+
+
+def test_context_holds_what_the_schema_names(prepared):
+    batch = next(open_split(*prepared, "valid").epoch(0))
+    assert set(batch.context) == {"timestamp", "user_key", "user_rows", "item_rows"}
+    assert batch.context["timestamp"].tolist() == [1000 + row for row in batch.row_ids.tolist()]
+
+
+def test_dropout_spares_ids_that_training_saw_often(prepared):
+    config, statistics = prepared
+    plain = torch.cat([batch.ids for batch in open_split(config, statistics, "train").epoch(0)])
+    reader = open_split(config, statistics, "train", oov_dropout=10.0)
+    dropped = torch.cat([batch.ids for batch in reader.epoch(0)])
+    users = (plain[:, 0] != dropped[:, 0]).float().mean()
+    tags = (plain[:, 3] != dropped[:, 3]).float().mean()
+    assert users > 2 * tags > 0
+
+
+def test_training_is_shuffled_and_evaluation_is_not(prepared):
+    train = [row for batch in open_split(*prepared, "train").epoch(0) for row in batch.row_ids.tolist()]
+    valid = [row for batch in open_split(*prepared, "valid").epoch(0) for row in batch.row_ids.tolist()]
+    assert train != sorted(train)
+    assert valid == sorted(valid)
+
+
+def test_evaluation_fits_any_number_of_ranks(prepared):
+    readers = [open_split(*prepared, "test", rank=rank, world_size=3) for rank in range(3)]
+    rows = [[row for batch in reader.epoch(0) for row in batch.row_ids.tolist()] for reader in readers]
+    assert rows == [[0], [1], [-1]]
+
+
+def test_lanes_make_the_same_steps_on_one_and_two_ranks(raw, prepared):
+    config, statistics = config_of(raw, lanes=4), prepared[1]
+    alone = open_split(config, statistics, "train").epoch(0)
+    pair = [open_split(config, statistics, "train", rank=r, world_size=2).epoch(0) for r in range(2)]
+    for whole, *parts in zip(alone, *pair, strict=True):
+        assert torch.cat([part.row_ids for part in parts]).tolist() == whole.row_ids.tolist()
+
+
+def test_lanes_that_ranks_cannot_share_are_an_error_in_training_only(raw, prepared):
+    config, statistics = config_of(raw, lanes=4), prepared[1]
+    with pytest.raises(ConfigError, match=r"data\.lanes"):
+        open_split(config, statistics, "train", rank=0, world_size=3)
+    assert open_split(config, statistics, "valid", rank=0, world_size=3).batches_per_epoch > 0
+
+
+def test_more_ranks_than_training_rows_are_an_error(prepared):
+    with pytest.raises(DataError, match=r"120 row\(s\).*500 lanes"):
+        open_split(*prepared, "train", world_size=500, batch_size=500)
+
+
+def test_a_split_without_encoded_shards_is_an_error(raw, prepared):
+    config = config_of(raw, prepared_dir=str(raw / "nowhere"))
+    with pytest.raises(DataError, match="nowhere/valid"):
+        open_split(config, prepared[1], "valid")
