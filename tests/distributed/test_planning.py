@@ -1,0 +1,115 @@
+import json
+from typing import Any
+
+import pytest
+from multirank import run_ranks
+from toy_model import Toy
+
+from hetegen_rec.config.run import DistributedConfig, TableConfig
+from hetegen_rec.distributed.optimizers import attach_table_optimizer
+from hetegen_rec.distributed.planning import (
+    Cluster,
+    PlanningError,
+    agree_on_plan,
+    describe_cluster,
+    make_plan,
+    plan_as_json,
+    plan_summary,
+)
+from hetegen_rec.distributed.runtime import start_runtime
+
+GB = 10**9
+
+
+def _toy(tables: dict[str, int], device: str = "cpu") -> Toy:
+    toy = Toy(tables)
+    attach_table_optimizer(toy.ebc, "rowwise_adagrad", 0.1, device, None)
+    return toy
+
+
+def _config(**tables: TableConfig) -> DistributedConfig:
+    return DistributedConfig(tables=tables)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 8])
+def test_tables_are_never_replicated_unasked(world_size: int) -> None:
+    toy = _toy({"user": 100, "item": 50_000, "tiny": 2})
+    plan = make_plan(toy, _config(), Cluster("cpu", world_size, world_size, 64 * GB), 256)
+    lines = plan_summary(plan, toy)
+    assert [line.table for line in lines] == ["item", "user", "tiny"]
+    assert all(line.sharding != "data_parallel" for line in lines)
+
+
+def test_constraints_by_table_and_by_default() -> None:
+    toy = _toy({"user": 100, "item": 50_000, "tiny": 2})
+    config = _config(
+        item=TableConfig(sharding=("row_wise",)), default=TableConfig(sharding=("data_parallel",))
+    )
+    plan = make_plan(toy, config, Cluster("cpu", 2, 2, 64 * GB), 256)
+    kinds = {line.table: (line.sharding, line.ranks) for line in plan_summary(plan, toy)}
+    assert kinds == {
+        "item": ("row_wise", (0, 1)),
+        "user": ("data_parallel", (0, 1)),
+        "tiny": ("data_parallel", (0, 1)),
+    }
+
+
+def test_column_wise_cuts_narrow_tables_too() -> None:
+    toy = _toy({"item": 50})
+    config = _config(item=TableConfig(sharding=("column_wise",)))
+    (line,) = plan_summary(make_plan(toy, config, Cluster("cpu", 2, 2, 64 * GB), 256), toy)
+    assert line.ranks == (0, 1)
+
+
+def test_a_large_job_is_planned_without_a_gpu() -> None:
+    toy = _toy({"user": 100, "item": 200_000_000, "tiny": 2}, "cuda")
+    config = DistributedConfig(device_memory_gb=4.0, host_memory_gb=100.0)
+    plan = make_plan(toy, config, describe_cluster(config, "cuda", 16, 8), 4096)
+    item = plan_summary(plan, toy)[0]
+    assert item.table == "item"
+    assert len(item.ranks) > 1
+
+
+def test_memory_is_shared_by_the_ranks_of_a_host() -> None:
+    cluster = describe_cluster(DistributedConfig(host_memory_gb=8.0), "cpu", 8, 4)
+    assert cluster.host_bytes_per_rank == 2 * GB
+    assert 0 < describe_cluster(DistributedConfig(), "cpu", 1, 1).host_bytes < 2**50
+
+
+def test_tables_that_do_not_fit_are_named_with_the_keys_to_change() -> None:
+    toy = _toy({"user": 100, "item": 200_000_000})
+    with pytest.raises(PlanningError) as caught:
+        make_plan(toy, _config(), Cluster("cpu", 2, 2, GB), 256)
+    message = str(caught.value)
+    assert "item (200,000,000 x 8, 6.400 GB)" in message
+    assert "2 ranks with 0.500 GB" in message
+    assert "distributed.host_memory_gb" in message
+
+
+@pytest.mark.parametrize("key", ["item", "default"])
+def test_a_kernel_that_the_device_lacks_names_its_key(key: str) -> None:
+    config = _config(**{key: TableConfig(kernel="fused_uvm")})
+    with pytest.raises(PlanningError, match=f"distributed.tables.{key}.kernel: fused_uvm.*cpu.*fused"):
+        make_plan(_toy({"item": 50}), config, Cluster("cpu", 1, 1, GB), 16)
+
+
+def test_a_plan_is_kept_as_json() -> None:
+    toy = _toy({"item": 50})
+    lines = plan_summary(make_plan(toy, _config(), Cluster("cpu", 1, 1, GB), 16), toy)
+    (kept,) = json.loads(json.dumps(plan_as_json(lines)))
+    assert (kept["table"], kept["rows"], kept["dim"], kept["ranks"]) == ("item", 50, 8, [0])
+
+
+def _fail_to_plan() -> Any:
+    config = DistributedConfig(host_memory_gb=0.001)
+    with start_runtime("cpu", timeout_seconds=20) as runtime:
+        try:
+            agree_on_plan(runtime, _toy({"item": 200_000_000}), config, 16)
+        except PlanningError as error:
+            return str(error)
+
+
+def test_a_failure_to_plan_reaches_every_rank() -> None:
+    first, second = run_ranks(2, _fail_to_plan)
+    assert first == second
+    assert "item (200,000,000" in first
