@@ -10,13 +10,29 @@ from rich.logging import RichHandler
 
 from hetegen_rec.config.errors import ConfigError
 from hetegen_rec.config.loading import load_config
-from hetegen_rec.config.run import RunConfig, Stage
-from hetegen_rec.distributed.runtime import DistributedError, Runtime, relaunch, start_runtime
-from hetegen_rec.jobs import Choice, demo, evaluate, predict, prepare_data, report, train
+from hetegen_rec.data.raw import DataError
+from hetegen_rec.data.sources import SourceError
+from hetegen_rec.distributed.planning import PlanningError
+from hetegen_rec.distributed.runtime import DistributedError, Runtime, start_runtime
+from hetegen_rec.evaluation.errors import EvaluationError
+from hetegen_rec.jobs import Job, demo, evaluate, predict, prepare_data, report, train
+from hetegen_rec.launching.relaunch import relaunch
+from hetegen_rec.training.checkpoint import CheckpointError
 
 DEFAULT_CONFIG = "configs/movielens_100k.yaml"
 
-Verb = Callable[[RunConfig, Runtime, Choice], None]
+USER_ERRORS = (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DistributedError,
+    EvaluationError,
+    PlanningError,
+    SourceError,
+)
+"""Errors whose message is enough for the person who sees it; a traceback would only hide it."""
+
+Verb = Callable[[Job], None]
 
 VERBS: dict[str, tuple[Verb, str]] = {
     "prepare": (prepare_data, "count and encode raw data into shards of integer ids"),
@@ -59,21 +75,28 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     if options.ranks > 1:
-        relaunch("hetegen_rec.cli", options.ranks, _without_ranks(sys.argv[1:]))
+        relaunch("hetegen_rec.cli", options.ranks, _arguments_of_one_rank(options))
     if not Path(options.config).exists() and options.config == DEFAULT_CONFIG:
         print(f"error: {DEFAULT_CONFIG} is not here; name a configuration with --config", file=sys.stderr)
         return 2
     verb = VERBS[options.verb][0]
-    choice = Choice(stage=options.stage, checkpoint=options.checkpoint, split=options.split)
     try:
         config = load_config(options.config, options.overrides)
         with start_runtime(config.distributed.device, config.distributed.timeout_seconds) as runtime:
             _start_logging(runtime)
-            verb(config, runtime, choice)
+            verb(Job(config, runtime, options.stage, options.checkpoint, options.split))
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _arguments_of_one_rank(options: argparse.Namespace) -> list[str]:
+    arguments = [options.verb, "--config", options.config, "--split", options.split]
+    for name in ("stage", "checkpoint"):
+        if getattr(options, name):
+            arguments += [f"--{name}", getattr(options, name)]
+    return [*arguments, *options.overrides]
 
 
 def _start_logging(runtime: Runtime) -> None:

@@ -3,7 +3,7 @@
 import logging
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from hetegen_rec.data.statistics import Statistics
 from hetegen_rec.distributed.runtime import Runtime
 from hetegen_rec.evaluation.predictions import Predictions
 from hetegen_rec.evaluation.report import write_report
-from hetegen_rec.evaluation.results import StageResult, comparison_table, metrics_table, write_evaluation
+from hetegen_rec.evaluation.results import write_evaluation
+from hetegen_rec.evaluation.tables import results_tables
 from hetegen_rec.training import stages
 from hetegen_rec.training.scoring import measure, score_rows
 from hetegen_rec.training.setup import build_sharded, open_split
@@ -29,9 +30,11 @@ _CLICK_STAGES: tuple[Stage, ...] = ("finetune", "joint", "scratch")
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What a verb is applied to, where the configuration leaves a choice."""
+class Job:
+    """One verb's work: the run, this process's place in it, and what the command line chose."""
 
+    config: RunConfig
+    runtime: Runtime
     stage: Stage | None = None
     """The trained stage to evaluate or predict with; default: the first trained click stage."""
     checkpoint: str | None = None
@@ -40,71 +43,71 @@ class Choice:
     """The split to predict."""
 
 
-def prepare_data(config: RunConfig, runtime: Runtime, choice: Choice) -> None:
+def prepare_data(job: Job) -> None:
     """Encodes the raw data, once."""
-    stages.prepare_data(config, runtime)
+    stages.prepare_data(job.config, job.runtime)
 
 
-def train(stage: Stage) -> Callable[[RunConfig, Runtime, Choice], None]:
+def train(stage: Stage) -> Callable[[Job], None]:
     """The verb that trains one stage and, where it scores clicks, evaluates it."""
 
-    def verb(config: RunConfig, runtime: Runtime, choice: Choice) -> None:
-        stages.run_stage(config, stage, runtime)
+    def verb(job: Job) -> None:
+        stages.run_stage(job.config, stage, job.runtime)
         if stage in _CLICK_STAGES:
-            evaluate(config, runtime, Choice(stage=stage))
-        elif runtime.is_main:
-            write_report(config.run_dir)
+            evaluate(replace(job, stage=stage, checkpoint=None))
+        elif job.runtime.is_main:
+            write_report(job.config.run_dir)
 
     return verb
 
 
-def evaluate(config: RunConfig, runtime: Runtime, choice: Choice) -> None:
+def evaluate(job: Job) -> None:
     """Scores the validation and test rows with one stage's best checkpoint; writes and shows it."""
-    trained = _load_trained(config, runtime, choice)
-    directory = config.stage_dir(trained.stage)
+    trained = _load_trained(job)
+    directory = job.config.stage_dir(trained.stage)
     results: dict[str, dict[str, Any]] = {}
     temperature = None
-    for split in config.splits():
+    for split in job.config.splits():
         if split == "train":
             continue
         predictions = trained.score(split)
-        results[split] = measure(predictions, config, trained.statistics, runtime, temperature)
+        results[split] = measure(predictions, job.config, trained.statistics, job.runtime, temperature)
         if split == "valid":
             temperature = results[split]["temperature"]
-        write_predictions(predictions, directory / "predictions" / split, runtime)
-    if runtime.is_main:
-        _show_evaluation(config, trained, results)
+        _write_predictions(predictions, directory / "predictions" / split, job.runtime)
+    if job.runtime.is_main:
+        _show_evaluation(trained, results)
 
 
-def predict(config: RunConfig, runtime: Runtime, choice: Choice) -> None:
+def predict(job: Job) -> None:
     """Writes row id and click probability of every row of a split."""
-    if choice.split not in config.splits():
-        raise ConfigError(f"data.{choice.split} names no files, so there is nothing to predict")
-    trained = _load_trained(config, runtime, choice)
-    directory = config.stage_dir(trained.stage) / "predictions" / choice.split
-    write_predictions(trained.score(choice.split), directory, runtime)
-    if runtime.is_main:
-        Console().print(f"predictions of {choice.split}: {directory}")
+    if job.split not in job.config.splits():
+        raise ConfigError(f"data.{job.split} names no files, so there is nothing to predict")
+    trained = _load_trained(job)
+    directory = job.config.stage_dir(trained.stage) / "predictions" / job.split
+    _write_predictions(trained.score(job.split), directory, job.runtime)
+    if job.runtime.is_main:
+        Console().print(f"predictions of {job.split}: {directory}")
 
 
-def report(config: RunConfig, runtime: Runtime, choice: Choice) -> None:
+def report(job: Job) -> None:
     """Collects what the run directory holds into report.html."""
-    if runtime.is_main:
-        Console().print(f"report: {write_report(config.run_dir)}")
+    if job.runtime.is_main:
+        Console().print(f"report: {write_report(job.config.run_dir)}")
 
 
-def demo(config: RunConfig, runtime: Runtime, choice: Choice) -> None:
+def demo(job: Job) -> None:
     """Pre-trains, fine-tunes and trains from scratch, skipping what is done; compares and reports."""
     wanted: tuple[Stage, ...] = ("pretrain", "finetune", "scratch")
     for stage in wanted:
-        if runtime.broadcast(stages.is_done(config, stage)):
-            logger.info("%s is done already in %s", stage, config.stage_dir(stage))
+        if job.runtime.broadcast(stages.is_done(job.config, stage)):
+            logger.info("%s is done already in %s", stage, job.config.stage_dir(stage))
             continue
-        train(stage)(config, runtime, choice)
-    if runtime.is_main:
+        train(stage)(job)
+    if job.runtime.is_main:
         console = Console()
-        console.print(comparison_table(config.run_dir))
-        console.print(f"report: {write_report(config.run_dir).resolve()}")
+        console.print(results_tables(job.config.run_dir))
+        console.print(f"report: {write_report(job.config.run_dir).resolve()}")
 
 
 @dataclass
@@ -125,10 +128,11 @@ class Trained:
         return score_rows(self.model, reader, self.runtime)
 
 
-def _load_trained(config: RunConfig, runtime: Runtime, choice: Choice) -> Trained:
-    stage = choice.stage or _first_trained(config)
+def _load_trained(job: Job) -> Trained:
+    config, runtime = job.config, job.runtime
+    stage = job.stage or _first_trained(config)
     checkpoints = stages.open_checkpoints(config, stage, runtime)
-    path = Path(choice.checkpoint) if choice.checkpoint else checkpoints.best() or checkpoints.latest()
+    path = Path(job.checkpoint) if job.checkpoint else checkpoints.best() or checkpoints.latest()
     if path is None:
         raise ConfigError(
             f"{config.stage_dir(stage)} holds no checkpoint; train that stage first: `hetegen {stage}`"
@@ -148,7 +152,7 @@ def _first_trained(config: RunConfig) -> Stage:
     )
 
 
-def write_predictions(predictions: Predictions, directory: Path, runtime: Runtime) -> None:
+def _write_predictions(predictions: Predictions, directory: Path, runtime: Runtime) -> None:
     """One Parquet file a rank: row_id, probability, label, and user_key where there is one."""
     with runtime.together(f"clearing {directory}"):
         if runtime.is_main:
@@ -167,16 +171,18 @@ def write_predictions(predictions: Predictions, directory: Path, runtime: Runtim
         pq.write_table(pa.table(columns), path, compression="zstd")
 
 
-def _show_evaluation(config: RunConfig, trained: Trained, results: dict[str, dict[str, Any]]) -> None:
+def _show_evaluation(trained: Trained, results: dict[str, dict[str, Any]]) -> None:
+    config = trained.config
+    directory = config.stage_dir(trained.stage)
     write_evaluation(
-        config.stage_dir(trained.stage),
-        StageResult(
-            run=config.name,
-            stage=trained.stage,
-            checkpoint=str(trained.checkpoint),
-            step=trained.step,
-            splits=results,
-        ),
+        directory,
+        {
+            "run": config.name,
+            "stage": trained.stage,
+            "checkpoint": str(trained.checkpoint),
+            "step": trained.step,
+            "splits": results,
+        },
     )
-    Console().print(metrics_table(config.stage_dir(trained.stage)))
+    Console().print(results_tables(config.run_dir))
     write_report(config.run_dir)

@@ -1,4 +1,4 @@
-"""`evaluate` as a script for torchx and torchrun: python launch/evaluate.py [--config FILE] [key=value ...]."""
+"""The verb `evaluate` as a script: python launch/evaluate.py [--config FILE] [key=value ...]."""
 
 from torch.distributed.elastic.multiprocessing.errors import record
 

@@ -1,4 +1,4 @@
-"""`finetune` as a script for torchx and torchrun: python launch/finetune.py [--config FILE] [key=value ...]."""
+"""The verb `finetune` as a script: python launch/finetune.py [--config FILE] [key=value ...]."""
 
 from torch.distributed.elastic.multiprocessing.errors import record
 

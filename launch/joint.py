@@ -1,4 +1,4 @@
-"""`joint` as a script for torchx and torchrun: python launch/joint.py [--config FILE] [key=value ...]."""
+"""The verb `joint` as a script: python launch/joint.py [--config FILE] [key=value ...]."""
 
 from torch.distributed.elastic.multiprocessing.errors import record
 

@@ -1,4 +1,4 @@
-"""`predict` as a script for torchx and torchrun: python launch/predict.py [--config FILE] [key=value ...]."""
+"""The verb `predict` as a script: python launch/predict.py [--config FILE] [key=value ...]."""
 
 from torch.distributed.elastic.multiprocessing.errors import record
 

@@ -1,4 +1,4 @@
-"""`prepare` as a script for torchx and torchrun: python launch/prepare.py [--config FILE] [key=value ...]."""
+"""The verb `prepare` as a script: python launch/prepare.py [--config FILE] [key=value ...]."""
 
 from torch.distributed.elastic.multiprocessing.errors import record
 

@@ -1,4 +1,4 @@
-"""`pretrain` as a script for torchx and torchrun: python launch/pretrain.py [--config FILE] [key=value ...]."""
+"""The verb `pretrain` as a script: python launch/pretrain.py [--config FILE] [key=value ...]."""
 
 from torch.distributed.elastic.multiprocessing.errors import record
 

@@ -1,4 +1,4 @@
-"""`scratch` as a script for torchx and torchrun: python launch/scratch.py [--config FILE] [key=value ...]."""
+"""The verb `scratch` as a script: python launch/scratch.py [--config FILE] [key=value ...]."""
 
 from torch.distributed.elastic.multiprocessing.errors import record
 

@@ -8,6 +8,7 @@ absorbing chain with a log-linear schedule as in MDLM, arXiv 2406.07524.
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -62,14 +63,15 @@ class RowNoise:
 
 def uniform_of_batch(batch: Batch) -> float:
     """One uniform number per step, the same on every rank."""
-    import numpy as np
-
     step = np.array([batch.cursor.rows_per_lane], dtype=np.int64)
     return float(uniform(step, batch.noise_seed)[0])
 
 
 class Corruption(nn.Module):
     """The forward process; owns the [MASK] vector of every field."""
+
+    field_of_token: Tensor
+    may_swap: Tensor
 
     def __init__(self, schema: Schema, config: NoiseConfig, dim: int, swappable: list[str]) -> None:
         """Args: swappable: fields that `marginal` noise may fill from other rows."""

@@ -1,5 +1,7 @@
 """Heads that score a row: p(click | row) as a logit."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 
@@ -14,8 +16,7 @@ class FieldPooling(nn.Module):
         super().__init__()
         owners = [token.field for token in schema.tokens]
         self.spans = [
-            (owners.index(name), owners.index(name) + owners.count(name))
-            for name in schema.field_names
+            (owners.index(name), owners.index(name) + owners.count(name)) for name in schema.field_names
         ]
 
     def forward(self, tokens: Tensor, present: Tensor) -> Tensor:
@@ -45,7 +46,7 @@ class MLPHead(nn.Module):
         self.first_order = nn.Linear(num_fields * dim, 1)
         widths = [(2 * num_fields + 1) * dim, *config.hidden]
         layers: list[nn.Module] = []
-        for before, after in zip(widths, widths[1:], strict=False):
+        for before, after in pairwise(widths):
             layers += [nn.Linear(before, after), nn.ReLU(), nn.Dropout(config.dropout)]
         self.mlp = nn.Sequential(*layers, nn.Linear(widths[-1], 1))
 

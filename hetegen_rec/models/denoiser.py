@@ -1,12 +1,14 @@
 """The transformer that sees a (corrupted) row and says, token by token, what it should have been."""
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from hetegen_rec.config.run import DenoiserConfig
-from hetegen_rec.models.attention import GuidedAttention, Guidance
+from hetegen_rec.models.attention import Guidance, GuidedAttention
 from hetegen_rec.models.corruption import LABEL_MASK_ID
 
 _TIME_FREQUENCIES = 16
@@ -21,14 +23,15 @@ class Block(nn.Module):
         self.attention_norm = nn.LayerNorm(dim)
         self.attention = GuidedAttention(dim, config.attention, config.dropout)
         self.feedforward_norm = nn.LayerNorm(dim)
-        self.feedforward = nn.Sequential(
-            nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim), nn.Dropout(config.dropout)
-        )
+        self.widen = nn.Linear(dim, hidden)
+        self.narrow = nn.Linear(hidden, dim)
+        self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, guidance: Guidance, padding: Tensor | None) -> Tensor:
         """x [B, S, D] -> [B, S, D]."""
         x = x + self.attention(self.attention_norm(x), guidance, padding)
-        return x + self.feedforward(self.feedforward_norm(x))
+        hidden = functional.gelu(self.widen(self.feedforward_norm(x)))
+        return x + self.dropout(self.narrow(hidden))
 
 
 class Denoiser(nn.Module):
@@ -79,7 +82,10 @@ class Denoiser(nn.Module):
     @property
     def shared_weight(self) -> Tensor:
         """The last weight that all fields share, on which their gradients are compared."""
-        return self.output_norm.weight if not self.blocks else self.blocks[-1].feedforward[2].weight
+        if not self.blocks:
+            return self.output_norm.weight
+        last = cast(Block, self.blocks[-1])
+        return last.narrow.weight
 
 
 def _waves(t: Tensor) -> Tensor:

@@ -1,12 +1,13 @@
-"""Per-field difficulty: one learnable scalar a field, and the forms of balancing that use it.
+"""Per-field difficulty: one learnable scalar a field, shared by the loss and by attention.
 
-The loss of every form is
+The loss of every form of balancing is
 
-    L = (1/F) sum_f sg[w_f] x_f + sum_f calibration(s_f, sg[x_f])
+    L = (1/F) sum_f sg[w_f] x_f  +  sum_f calibration(s_f, sg[x_f])
 
-with x_f the field's loss. The first term trains the network, the second only moves the scalars, so
-the two never compete (docs/method.md section 5; the default form is derived there, because the form
-reported for HeteGenCTR, arXiv 2605.24986, lowers the weight of a field as it gets harder).
+with x_f the field's loss. The first term trains the network, the second only moves the scalars s, so
+the two never compete. That matters: if w and s were minimised together, raising a field's loss could
+only lower its weight, the reverse of what HeteGenCTR (arXiv 2605.24986) claims; docs/method.md
+section 5 has the argument and the derivation of the default form.
 
 Losses are reduced over all ranks before they arrive here, so every rank holds the same scalars.
 """
@@ -16,14 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hetegen_rec.config.run import BalanceConfig, BalanceForm
+from hetegen_rec.config.run import BalanceConfig
 
-_MIN_RELATIVE = 1e-3
-_FLOOR = 0.1
-_SLOW = 0.1
-_DWA_WINDOW = 100
-_DWA_TEMPERATURE = 2.0
-_PROBE_MEMORY = 0.9
+_MIN_CROSS_ENTROPY = 1e-3
 
 
 @dataclass
@@ -37,22 +33,26 @@ class FieldLosses:
     chance: Tensor
     """[F]: cross-entropy of a uniform guess."""
     baseline: Tensor
-    """[F]: cross-entropy of the marginal distribution."""
+    """[F]: cross-entropy of the field's marginal distribution."""
 
     @property
     def relative(self) -> Tensor:
         """[F, K]: r = (l + 1e-3) / c, about 1 for an untrained model."""
-        return (self.cross_entropy + _MIN_RELATIVE) / self.chance[:, None]
+        return (self.cross_entropy + _MIN_CROSS_ENTROPY) / self.chance[:, None]
+
+    @property
+    def against_baseline(self) -> Tensor:
+        """[F, K]: the loss relative to that of the field's marginal distribution."""
+        return (self.cross_entropy + _MIN_CROSS_ENTROPY) / self.baseline[:, None]
 
     @property
     def seen(self) -> Tensor:
         """[F, K] bool: cells with targets; the others are skipped."""
         return self.share > 0
 
-    @property
-    def per_field(self) -> Tensor:
-        """[F]: cross-entropy over all bins."""
-        return (self.cross_entropy * self.share).sum(1)
+    def over_bins(self, values: Tensor) -> Tensor:
+        """Mean of values [F, K] over the bins by their share of targets, [F]."""
+        return (values * self.share).sum(1)
 
 
 @dataclass
@@ -60,141 +60,73 @@ class Probe:
     """Gradients on the last shared weight, measured now and then; equal on all ranks."""
 
     norms: Tensor
-    """[F]: norm of the gradient of each field's loss x_f."""
+    """[F]: norm of the gradient of each field's relative loss."""
     alignment: Tensor
     """[F]: cosine with the gradient of the click loss, in [-1, 1]."""
 
 
 class Difficulty(nn.Module):
-    """Difficulty scalars, weights and attention gains under one balancing form.
+    """Difficulty scalars, weights and attention gains; as it stands, the form `uniform`.
 
-    `difficulty` [F, K] is the replicated parameter s (K = 1 but for `conditional`), 0 at first.
-    It tracks log r_f under every form that does not define another equilibrium, so that the
-    diagnostics are comparable.
+    `difficulty` [F, K] is the replicated parameter s, 0 at first (K = 1 for all forms but one). It
+    settles at log r_f, a learnt moving average, also under forms that do not use it, so that the
+    diagnostics of all forms can be compared. Forms override what they do differently.
     """
 
-    moving: Tensor
-    window_sum: Tensor
-    window_mean: Tensor
-    window_ratio: Tensor
-    window_steps: Tensor
-    probe_norms: Tensor
-    probe_alignment: Tensor
+    wants_probe = False
+    """Whether the form looks at per-field gradients now and then."""
+    uses_cross_entropy = False
+    """Whether x_f is the cross-entropy itself rather than the loss relative to chance."""
 
     def __init__(self, num_fields: int, config: BalanceConfig) -> None:
         super().__init__()
         self.config = config
-        self.form: BalanceForm = config.form
-        self.num_bins = config.noise_bins if config.form == "conditional" else 1
-        self.difficulty = nn.Parameter(torch.zeros(num_fields, self.num_bins))
-        self.register_buffer("moving", torch.ones(num_fields, 2))
-        self.register_buffer("window_sum", torch.zeros(num_fields))
-        self.register_buffer("window_mean", torch.ones(num_fields))
-        self.register_buffer("window_ratio", torch.ones(num_fields))
-        self.register_buffer("window_steps", torch.zeros(()))
-        self.register_buffer("probe_norms", torch.ones(num_fields))
-        self.register_buffer("probe_alignment", torch.ones(num_fields))
+        self.difficulty = nn.Parameter(torch.zeros(num_fields, self.bins_of(config)))
+
+    @classmethod
+    def bins_of(cls, config: BalanceConfig) -> int:  # noqa: ARG003 - for forms that override it
+        """Noise bins K that the form tells apart."""
+        return 1
 
     @property
-    def needs_probe(self) -> bool:
-        """Whether this form wants per-field gradients now and then."""
-        return self.form in ("aligned", "gradnorm")
+    def num_bins(self) -> int:
+        """K."""
+        return self.difficulty.shape[1]
 
     @property
-    def uses_raw_loss(self) -> bool:
-        """Whether x_f is the cross-entropy itself rather than the loss relative to chance."""
-        return self.form in ("literal", "uncertainty")
+    def scalars(self) -> Tensor:
+        """s [F, K] without gradient."""
+        return self.difficulty.detach()
+
+    def raw_weights(self) -> Tensor:
+        """Weights [F, K] up to a common factor."""
+        return torch.ones_like(self.scalars)
 
     def weights(self) -> Tensor:
-        """w [F, K], no gradient; the mean over fields is 1 but for `literal` and `uncertainty`."""
-        s = self.difficulty.detach()
-        if self.uses_raw_loss:
-            return torch.exp(-s)
-        return _normalised(self._raw_weights(s))
-
-    def _raw_weights(self, s: Tensor) -> Tensor:
-        if self.form in ("difficulty", "conditional"):
-            return torch.exp(self.config.exponent * (s - s.max()))
-        if self.form == "informative":
-            level = torch.exp(s).clamp(max=1.0)
-            return (level * (1.0 - level)).clamp(min=_FLOOR / 4)
-        if self.form == "progress":
-            gain = (self.moving[:, 1] - self.moving[:, 0]).clamp(min=0.0)
-            return (gain + _FLOOR * gain.mean() + torch.finfo(gain.dtype).tiny)[:, None]
-        if self.form == "aligned":
-            return self.probe_alignment.clamp(min=_FLOOR)[:, None]
-        if self.form == "dwa":
-            return torch.exp(self.window_ratio / _DWA_TEMPERATURE)[:, None]
-        if self.form == "gradnorm":
-            return torch.exp(s - s.max())
-        return torch.ones_like(s)
+        """w [F, K] with a mean of 1, so that no form changes the size of the step."""
+        raw = self.raw_weights()
+        return raw / raw.mean()
 
     def gain(self) -> Tensor:
-        """g [F]: gain of attention, sqrt(w), 1 at the start and for forms that do not guide it."""
-        if self.form == "literal":
-            return torch.exp(-self.difficulty.detach() / 2).mean(1)
-        if self.form == "uncertainty":
-            return torch.ones_like(self.difficulty[:, 0])
+        """g [F]: gain of attention, sqrt(w), 1 at the start."""
         return self.weights().mean(1).sqrt()
 
     def key_bias(self) -> Tensor:
-        """s_f - mean s, [F]: the additive bias of keys."""
-        s = self.difficulty.detach().mean(1)
-        return s - s.mean()
+        """[F]: s_f - mean s, the additive bias of keys."""
+        scalars = self.scalars.mean(1)
+        return scalars - scalars.mean()
 
-    def losses(self, losses: FieldLosses) -> Tensor:
+    def objective(self, losses: FieldLosses) -> Tensor:
         """x [F, K]: the losses that this form weights."""
-        return losses.cross_entropy if self.uses_raw_loss else losses.relative
+        return losses.cross_entropy if self.uses_cross_entropy else losses.relative
+
+    def calibration_terms(self, losses: FieldLosses) -> Tensor:
+        """[F, K]: terms whose minimum over s is the equilibrium; here s = log r."""
+        return torch.exp(-self.difficulty) * self.objective(losses).detach() + self.difficulty
 
     def calibration(self, losses: FieldLosses) -> Tensor:
         """The scalar loss that moves s. Its gradient never reaches the network."""
-        s = self.difficulty
-        x = self.losses(losses).detach()
-        if self.uses_raw_loss:
-            terms = torch.exp(-s) * x + s / 2
-        elif self.form == "gradnorm":
-            terms = self._gradnorm_terms(losses)
-        elif self.form == "informative":
-            level = (losses.cross_entropy + _MIN_RELATIVE) / losses.baseline[:, None]
-            terms = torch.exp(-s) * level.detach() + s
-        else:
-            terms = torch.exp(-s) * x + s
-        return torch.where(losses.seen, terms, 0.0).sum()
+        return torch.where(losses.seen, self.calibration_terms(losses), 0.0).sum()
 
-    def _gradnorm_terms(self, losses: FieldLosses) -> Tensor:
-        """|G_f - mean G (x_f / mean x)^alpha| (Chen et al., ICML 2018), the right side constant."""
-        norms = _normalised(torch.exp(self.difficulty))[:, 0] * self.probe_norms
-        rate = losses.relative[:, 0].detach()
-        target = norms.detach().mean() * (rate / rate.mean()) ** self.config.exponent
-        return (norms - target).abs()[:, None]
-
-    @torch.no_grad()
     def observe(self, losses: FieldLosses, probe: Probe | None) -> None:
-        """Updates the moving averages of forms that look at how losses change."""
-        seen = losses.seen.any(1)
-        relative = (losses.relative * losses.share).sum(1)
-        rates = relative.new_tensor([self.config.learning_rate, self.config.learning_rate * _SLOW])
-        moved = self.moving + rates * (relative[:, None] - self.moving)
-        self.moving.copy_(torch.where(seen[:, None], moved, self.moving))
-        if self.form == "dwa":
-            self._observe_window(relative, seen)
-        if probe is not None:
-            memory = _PROBE_MEMORY
-            self.probe_norms.mul_(memory).add_(probe.norms, alpha=1 - memory)
-            self.probe_alignment.mul_(memory).add_(probe.alignment, alpha=1 - memory)
-
-    def _observe_window(self, relative: Tensor, seen: Tensor) -> None:
-        """Dynamic weight average (Liu et al., CVPR 2019) over windows of steps instead of epochs."""
-        self.window_sum.add_(torch.where(seen, relative, self.window_mean))
-        self.window_steps.add_(1)
-        is_full = self.window_steps >= _DWA_WINDOW
-        mean = self.window_sum / self.window_steps
-        self.window_ratio.copy_(torch.where(is_full, mean / self.window_mean, self.window_ratio))
-        self.window_mean.copy_(torch.where(is_full, mean, self.window_mean))
-        self.window_sum.mul_(~is_full)
-        self.window_steps.mul_(~is_full)
-
-
-def _normalised(weights: Tensor) -> Tensor:
-    """Scales weights to a mean of 1: the budget is conserved."""
-    return weights / weights.mean()
+        """Takes note of a step, for forms that look at how losses or gradients change."""

@@ -12,10 +12,11 @@ from hetegen_rec.config.schema import Schema
 from hetegen_rec.data.batch import Batch
 from hetegen_rec.data.statistics import Statistics
 from hetegen_rec.models.attention import Guidance
+from hetegen_rec.models.balancing import make_difficulty
 from hetegen_rec.models.corruption import LABEL_MASK_ID, Corrupted, Corruption, RowNoise, uniform_of_batch
 from hetegen_rec.models.ctr import LabelHead, MLPHead
 from hetegen_rec.models.denoiser import Denoiser
-from hetegen_rec.models.difficulty import Difficulty, FieldLosses, Probe
+from hetegen_rec.models.difficulty import FieldLosses, Probe
 from hetegen_rec.models.embedding import TokenAssembly, build_tables, table_shapes
 from hetegen_rec.models.reconstruction import Reconstruction, RowLosses
 from hetegen_rec.models.reduction import mean_over_ranks, num_ranks, sum_over_ranks
@@ -46,7 +47,7 @@ class HeteGen(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[Tensor, Outputs]:
         """Returns the loss of this rank's rows and what to show of it."""
-        return self.network(self.ebc(batch.kjt), batch)  # type: ignore[no-any-return]
+        return self.network(self.ebc(batch.kjt), batch)
 
 
 class HeteGenNetwork(nn.Module):
@@ -55,6 +56,8 @@ class HeteGenNetwork(nn.Module):
     Stages (METHOD section 7): `pretrain` reconstructs noised rows, the label among them; `finetune`
     and `scratch` score clean rows; `joint` does both on one lookup.
     """
+
+    column_of_element: Tensor
 
     def __init__(
         self,
@@ -77,7 +80,7 @@ class HeteGenNetwork(nn.Module):
             schema, model.noise, model.dim, swappable=self.reconstruction.full_fields
         )
         self.denoiser = Denoiser(len(schema.tokens), model.dim, model.denoiser)
-        self.difficulty = Difficulty(len(self.fields), model.balance)
+        self.difficulty = make_difficulty(len(self.fields), model.balance)
         self.label_head = LabelHead(model.dim)
         self.ctr_head = MLPHead(schema, model.dim, model.ctr) if model.ctr.head == "mlp" else None
         self.has_padding = any(field.kind == "sequence" for field in schema.fields)
@@ -168,7 +171,7 @@ class HeteGenNetwork(nn.Module):
         local, fields = self._reduce(rows, corrupted)
         probe = None
         label = self._label_loss(hidden, batch, corrupted)
-        if self.difficulty.needs_probe and self._is_probe_step(batch):
+        if self.difficulty.wants_probe and self._is_probe_step(batch):
             probe = self._probe(local, fields, label)
         self.difficulty.observe(fields, probe)
         weighted = self.difficulty.weights() * self._relative_to_form(local, fields)
@@ -203,7 +206,7 @@ class HeteGenNetwork(nn.Module):
         return share, fields
 
     def _relative_to_form(self, local: Tensor, fields: FieldLosses) -> Tensor:
-        return local if self.difficulty.uses_raw_loss else local / fields.chance[:, None]
+        return local if self.difficulty.uses_cross_entropy else local / fields.chance[:, None]
 
     def _label_loss(self, hidden: Tensor, batch: Batch, corrupted: Corrupted) -> Tensor:
         """Mean cross-entropy over the masked labels of the global batch (this rank's share)."""

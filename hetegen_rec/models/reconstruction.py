@@ -46,7 +46,8 @@ def split_fields(
 
     A field with fewer than two values has nothing to reconstruct and stands in neither.
     """
-    full, sampled = [], []
+    full: list[str] = []
+    sampled: list[str] = []
     for field in schema.fields:
         num_values = statistics.table_rows(field.table_name) - NUM_RESERVED_IDS
         if not field.reconstruct or num_values < 2:
@@ -120,9 +121,7 @@ class SampledSoftmax(nn.Module):
     mean over them that keeps the cost that of one token.
     """
 
-    def __init__(
-        self, schema: Schema, names: list[str], dim: int, config: ReconstructionConfig
-    ) -> None:
+    def __init__(self, schema: Schema, names: list[str], dim: int, config: ReconstructionConfig) -> None:
         super().__init__()
         self.num_candidates = config.num_candidates
         owners = [token.field for token in schema.tokens]

@@ -31,8 +31,8 @@ class Meter:
         for name, term in outputs.terms.items():
             self._terms[name] = self._terms.get(name, torch.zeros_like(term)) + term
         if outputs.fields is not None:
-            relative = (outputs.fields.relative * outputs.fields.share).sum(1)
-            cross_entropy = outputs.fields.per_field
+            relative = outputs.fields.over_bins(outputs.fields.relative)
+            cross_entropy = outputs.fields.over_bins(outputs.fields.cross_entropy)
             if self._fields is not None:
                 cross_entropy = cross_entropy + self._fields[0]
                 relative = relative + self._fields[1]
@@ -49,7 +49,7 @@ class Meter:
         values: dict[str, Any] = {"samples_per_second": round(rate, 1), "loss": loss, "terms": terms}
         if self._fields is not None:
             cross_entropy, relative = (total / self._steps for total in self._fields)
-            columns = [cross_entropy, relative, difficulty.difficulty.detach().mean(1)]
+            columns = [cross_entropy, relative, difficulty.scalars.mean(1)]
             columns.append(difficulty.weights().mean(1))
             rows = torch.stack(columns, dim=1).tolist()
             keys = ("loss", "relative", "difficulty", "weight")

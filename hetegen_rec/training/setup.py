@@ -29,9 +29,7 @@ class ShardedModel:
     plan: list[PlannedTable]
 
 
-def build_sharded(
-    config: RunConfig, stage: Stage, statistics: Statistics, runtime: Runtime
-) -> ShardedModel:
+def build_sharded(config: RunConfig, stage: Stage, statistics: Statistics, runtime: Runtime) -> ShardedModel:
     """Builds, plans and shards the model of a stage. A collective."""
     stage_config = config.stage(stage)
     model = build_model(

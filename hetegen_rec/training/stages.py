@@ -67,9 +67,7 @@ def run_stage(config: RunConfig, stage: Stage, runtime: Runtime) -> None:
     )
     checkpoints = open_checkpoints(config, stage, runtime)
     with RunLog(directory, enabled=runtime.is_main, tensorboard=config.train.tensorboard) as log:
-        trainer = Trainer(
-            config, stage, model, optimizer, statistics, readers, checkpoints, log, runtime
-        )
+        trainer = Trainer(config, stage, model, optimizer, statistics, readers, checkpoints, log, runtime)
         trainer.run()
     if runtime.is_main:
         done = {"steps": trainer.step, "seconds": round(time.monotonic() - started, 1)}

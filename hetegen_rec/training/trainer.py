@@ -121,7 +121,7 @@ class Trainer:
     def _train_segment(self, batches: Iterator[Batch], progress: StageProgress) -> None:
         while True:
             try:
-                outputs: Outputs = self._pipeline.progress(batches)[1]
+                outputs: Outputs = self._pipeline.progress(batches)
             except StopIteration:
                 return
             self.step += 1

@@ -1,0 +1,184 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hetegen_rec.config.run import BalanceConfig
+from hetegen_rec.models.balancing import FORMS, make_difficulty
+from hetegen_rec.models.difficulty import FieldLosses, Probe
+
+CONSERVING = sorted(set(FORMS) - {"literal", "uncertainty"})
+
+
+def field_losses(cross_entropy, chance=None, share=None, baseline=None):
+    values = torch.as_tensor(cross_entropy, dtype=torch.float32)
+    values = values[:, None] if values.ndim == 1 else values
+    chances = torch.ones(len(values)) if chance is None else torch.as_tensor(chance)
+    return FieldLosses(
+        cross_entropy=values,
+        share=torch.full_like(values, 1 / values.shape[1]) if share is None else torch.as_tensor(share),
+        chance=chances,
+        baseline=chances if baseline is None else torch.as_tensor(baseline),
+    )
+
+
+def calibrate(difficulty, losses, steps=1000, lr=0.05, probe=None):
+    optimizer = torch.optim.SGD(difficulty.parameters(), lr=lr)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        difficulty.calibration(losses).backward()
+        optimizer.step()
+        difficulty.observe(losses, probe)
+    return difficulty
+
+
+losses_strategy = st.lists(st.floats(0.01, 5.0), min_size=2, max_size=6)
+
+
+@given(losses_strategy)
+def test_equilibrium_is_log_of_the_relative_loss(values):
+    difficulty = calibrate(make_difficulty(len(values), BalanceConfig()), field_losses(values))
+    expected = torch.log(torch.tensor(values) + 1e-3)
+    torch.testing.assert_close(difficulty.difficulty[:, 0].detach(), expected, atol=1e-3, rtol=1e-3)
+
+
+@given(losses_strategy)
+def test_frozen_network_lyapunov_function_only_falls(values):
+    losses = field_losses(values)
+    difficulty = make_difficulty(len(values), BalanceConfig())
+    optimizer = torch.optim.SGD(difficulty.parameters(), lr=0.05)
+    target = torch.log(losses.relative)
+    before = math.inf
+    for _ in range(50):
+        gap = difficulty.difficulty.detach() - target
+        height = float((torch.exp(-gap) + gap - 1).sum())
+        assert height <= before + 1e-5
+        before = height
+        optimizer.zero_grad()
+        difficulty.calibration(losses).backward()
+        # Where r is far above e^s the gradient is large; keep the Euler step stable.
+        difficulty.difficulty.grad.clamp_(-10, 10)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("form", CONSERVING)
+def test_weights_keep_the_budget(form):
+    losses = field_losses([[0.2], [0.9], [2.0]])
+    if form == "conditional":
+        losses = field_losses(torch.tensor([[0.2], [0.9], [2.0]]).repeat(1, 4))
+    probe = Probe(torch.tensor([1.0, 2.0, 0.5]), torch.tensor([0.5, -0.2, 0.9]))
+    difficulty = calibrate(make_difficulty(3, BalanceConfig(form=form)), losses, 300, probe=probe)
+    assert difficulty.weights().mean().item() == pytest.approx(1.0, abs=1e-5)
+    assert (difficulty.weights() > 0).all()
+
+
+@given(losses_strategy, st.floats(0.1, 10.0))
+def test_weights_do_not_change_when_all_losses_are_scaled(values, scale):
+    plain, scaled = (make_difficulty(len(values), BalanceConfig()) for _ in range(2))
+    with torch.no_grad():
+        plain.difficulty.copy_(torch.log(torch.tensor(values))[:, None])
+        scaled.difficulty.copy_(torch.log(torch.tensor(values) * scale)[:, None])
+    torch.testing.assert_close(plain.weights(), scaled.weights(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("exponent", "sign"), [(1.0, 1), (-1.0, -1), (0.0, 0)])
+def test_exponent_gives_the_direction_of_the_weights(exponent, sign):
+    config = BalanceConfig(exponent=exponent)
+    easy_hard = calibrate(make_difficulty(2, config), field_losses([0.2, 0.8])).weights()[:, 0]
+    assert torch.sign((easy_hard[1] - easy_hard[0]).round(decimals=4)).item() == sign
+
+
+def test_weights_are_the_relative_losses_over_their_mean_for_exponent_one():
+    weights = calibrate(make_difficulty(3, BalanceConfig()), field_losses([0.2, 0.8, 0.5])).weights()
+    torch.testing.assert_close(weights[:, 0], torch.tensor([0.4, 1.6, 1.0]), atol=0.01, rtol=0.01)
+
+
+def test_a_solved_field_loses_its_weight_smoothly():
+    weights = [
+        calibrate(make_difficulty(2, BalanceConfig()), field_losses([loss, 1.0]), 20_000).weights()[0].item()
+        for loss in (0.1, 0.01, 0.0)
+    ]
+    assert weights[0] > weights[1] > weights[2]
+    assert weights[2] < 0.01
+
+
+@pytest.mark.parametrize("form", ["literal", "uncertainty"])
+def test_the_literal_form_lowers_the_weight_of_hard_fields(form):
+    difficulty = calibrate(make_difficulty(2, BalanceConfig(form=form)), field_losses([0.5, 2.0]))
+    torch.testing.assert_close(difficulty.weights()[:, 0], torch.tensor([1.0, 0.25]), atol=1e-3, rtol=1e-3)
+
+
+def test_informative_prefers_neither_the_solved_nor_the_unlearnable_field():
+    losses = field_losses([0.01, 0.5, 1.0], baseline=[1.0, 1.0, 1.0])
+    weights = calibrate(make_difficulty(3, BalanceConfig(form="informative")), losses, 5000).weights()[:, 0]
+    assert weights[1] > 2 * weights[0]
+    assert weights[1] > 2 * weights[2]
+
+
+def test_progress_prefers_the_field_that_is_still_being_learnt():
+    difficulty = make_difficulty(2, BalanceConfig(form="progress"))
+    for step in range(100):
+        difficulty.observe(field_losses([1.0, 1.0 - step / 200]), None)
+    weights = difficulty.weights()[:, 0]
+    assert weights[1] > 3 * weights[0]
+
+
+def test_dwa_weighs_up_the_field_whose_loss_fell_less_over_the_last_windows():
+    difficulty = make_difficulty(2, BalanceConfig(form="dwa"))
+    for loss in (1.0, 0.5):
+        for _ in range(100):
+            difficulty.observe(field_losses([0.9, loss]), None)
+    weights = difficulty.weights()[:, 0]
+    ratio = torch.exp(torch.tensor([1.0, (0.5 + 1e-3) / (1.0 + 1e-3)]) / 2.0)
+    torch.testing.assert_close(weights, ratio / ratio.mean(), atol=1e-4, rtol=1e-4)
+
+
+def test_aligned_weighs_up_the_field_that_helps_clicks():
+    difficulty = make_difficulty(2, BalanceConfig(form="aligned"))
+    for _ in range(50):
+        difficulty.observe(field_losses([1.0, 1.0]), Probe(torch.ones(2), torch.tensor([0.8, -0.5])))
+    weights = difficulty.weights()[:, 0]
+    assert weights[0] > 4 * weights[1] > 0
+
+
+def test_gradnorm_evens_out_the_gradient_norms():
+    difficulty = make_difficulty(2, BalanceConfig(form="gradnorm"))
+    probe = Probe(torch.tensor([4.0, 1.0]), torch.ones(2))
+    for _ in range(100):
+        difficulty.observe(field_losses([1.0, 1.0]), probe)
+    calibrate(difficulty, field_losses([1.0, 1.0]), 2000, lr=0.01, probe=probe)
+    weighted = difficulty.weights()[:, 0] * probe.norms
+    assert weighted[0].item() == pytest.approx(weighted[1].item(), rel=0.15)
+
+
+def test_conditional_tells_noise_levels_apart():
+    losses = field_losses([[0.1, 0.4, 0.8, 1.0], [0.9, 0.9, 0.9, 0.9]])
+    weights = calibrate(make_difficulty(2, BalanceConfig(form="conditional")), losses).weights()
+    assert (weights[0].diff() > 0).all()
+
+
+def test_a_field_without_targets_keeps_its_difficulty():
+    losses = field_losses([0.5, 0.0], share=[[1.0], [0.0]])
+    difficulty = calibrate(make_difficulty(2, BalanceConfig()), losses, 50)
+    assert difficulty.difficulty[1].item() == 0.0
+    assert difficulty.difficulty[0].item() < -0.1
+
+
+def test_gain_is_one_at_the_start_and_the_root_of_the_weight_later():
+    difficulty = make_difficulty(2, BalanceConfig())
+    torch.testing.assert_close(difficulty.gain(), torch.ones(2))
+    calibrate(difficulty, field_losses([0.2, 0.8]))
+    torch.testing.assert_close(difficulty.gain().square(), difficulty.weights()[:, 0])
+    assert not difficulty.gain().requires_grad
+
+
+def test_calibration_never_reaches_the_network():
+    raw = torch.tensor([[0.5], [0.7]], requires_grad=True)
+    losses = FieldLosses(raw, torch.ones(2, 1), torch.ones(2), torch.ones(2))
+    for form in FORMS:
+        if form == "conditional":
+            continue
+        calibration = make_difficulty(2, BalanceConfig(form=form)).calibration(losses)
+        assert torch.autograd.grad(calibration, raw, allow_unused=True)[0] is None
