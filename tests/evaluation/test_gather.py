@@ -1,12 +1,8 @@
-import json
-import multiprocessing
-import time
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from multirank import run_ranks
 
 from hetegen_rec.config.run import EvaluationConfig
 from hetegen_rec.evaluation import metrics
@@ -17,7 +13,6 @@ from hetegen_rec.evaluation.predictions import Predictions
 CONFIG = EvaluationConfig(calibration_bins=7)
 HEAD = 20
 SCENARIOS = ("plain", "ties", "constant", "one_class", "fewer_rows_than_ranks", "no_context")
-SECONDS = 90
 
 
 def rows_of(scenario):
@@ -56,9 +51,9 @@ def predictions_of(scenario, rank, world_size):
     return predictions
 
 
-def evaluate_all(rank, world_size, rendezvous, directory):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
+def evaluate_all():
+    dist.init_process_group("gloo")
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     results = {}
     with torch.inference_mode():
         for scenario in SCENARIOS:
@@ -70,27 +65,8 @@ def evaluate_all(rank, world_size, rendezvous, directory):
         evaluate_predictions(diverged, dist.group.WORLD, CONFIG)
     except EvaluationError as error:
         results["error"] = str(error)
-    Path(directory, f"{rank}.json").write_text(json.dumps(results))
     dist.destroy_process_group()
-
-
-def run_on_ranks(world_size, directory):
-    """The results of every rank; no test can hang for longer than the deadline."""
-    context = multiprocessing.get_context("spawn")
-    arguments = (world_size, str(directory / "rendezvous"), str(directory))
-    workers = [context.Process(target=evaluate_all, args=(rank, *arguments)) for rank in range(world_size)]
-    deadline = time.monotonic() + SECONDS
-    for worker in workers:
-        worker.start()
-    try:
-        for worker in workers:
-            worker.join(max(0.0, deadline - time.monotonic()))
-        codes = [worker.exitcode for worker in workers]
-        assert codes == [0] * world_size, f"exit codes {codes} (None: still running after {SECONDS} s)"
-    finally:
-        for worker in workers:
-            worker.kill()
-    return [json.loads((directory / f"{rank}.json").read_text()) for rank in range(world_size)]
+    return results
 
 
 def alone(scenario):
@@ -154,9 +130,8 @@ def test_slices_are_metrics_of_their_rows():
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_any_number_of_ranks_gives_the_same_numbers_on_every_rank(world_size, tmp_path):
-    results = run_on_ranks(world_size, tmp_path)
-    for result in results:
+def test_any_number_of_ranks_gives_the_same_numbers_on_every_rank(world_size):
+    for result in run_ranks(world_size, evaluate_all):
         for scenario in SCENARIOS:
             assert_close(result[scenario], alone(scenario))
         if world_size > 1:

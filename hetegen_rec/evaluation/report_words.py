@@ -1,0 +1,132 @@
+"""The sentences of the report: what the numbers say, no more."""
+
+from collections.abc import Mapping
+
+from hetegen_rec.evaluation.results import STAGE_TITLES, Comparison
+from hetegen_rec.evaluation.run_record import RunRecord, StageRecord
+
+STAGE_SENTENCES = {
+    "pretrain": "After pre-training alone, the network",
+    "finetune": "Fine-tuned after generative pre-training, the network",
+    "joint": "Trained jointly on reconstruction and clicks, the network",
+    "scratch": "Trained from scratch, the network",
+}
+
+ONE_SEED = (
+    "One run with one seed: the interval resamples the users (or rows) of the split, so it covers their "
+    "choice and not the choice of seed."
+)
+ROC = (
+    "The further a curve bends to the upper left, the better clicks are ranked above non-clicks; the dashed "
+    "diagonal is chance."
+)
+CALIBRATION = (
+    "Bins of equally many rows. On the dashed line probabilities mean what they say; below it the stage "
+    "promises more clicks than come."
+)
+RELATIVE_LOSS = (
+    "Cross-entropy of the masked cells over that of guessing. A line that leaves 1 early is a field that its "
+    "neighbours explain; one that stays is noise or still to be learnt."
+)
+VALID_AUC = "Each dot is one evaluation; the ring marks the best, whose weights the stage ends with."
+CLICK_LOSS = (
+    "Thin lines: training; dots: log loss on valid. Dots that turn upward while the thin line falls show "
+    "overfitting. In pre-training the label is reconstructed from a partly masked row."
+)
+GENERATIVE_LOSS = (
+    "The balanced reconstruction loss. A line that still falls at the end says that more epochs of it would "
+    "teach the network more about the rows; a flat one that they would not."
+)
+
+
+def best_stage(record: RunRecord, split: str) -> str | None:
+    """The stage with the highest AUC among those that the headline can be about."""
+    aucs = {name: (stage.result(split) or {}).get("auc") for name, stage in record.stages.items()}
+    defined = {name: auc for name, auc in aucs.items() if auc is not None}
+    ours = {name: auc for name, auc in defined.items() if name in ("finetune", "joint")}
+    candidates = ours or defined
+    return max(candidates, key=lambda name: candidates[name]) if candidates else None
+
+
+def verdict(record: RunRecord, split: str, comparisons: Mapping[str, Comparison]) -> str:
+    """One or two sentences that say how the run came out."""
+    stage = best_stage(record, split)
+    if stage is None:
+        trained = " and ".join(STAGE_TITLES[name].lower() for name in record.stages)
+        return f"Stages so far: {trained}. No stage has an AUC yet, so there is nothing to compare."
+    auc = (record.stages[stage].result(split) or {})["auc"]
+    opening = f"{STAGE_SENTENCES[stage]} reaches an AUC of {auc:.4f} on {split}"
+    if stage not in comparisons:
+        return f"{opening}. There is no second evaluated stage to hold it against yet."
+    return f"{opening}, {_against_scratch(comparisons[stage])}"
+
+
+def _against_scratch(comparison: Comparison) -> str:
+    difference = comparison.auc_difference
+    side = "above" if difference >= 0 else "below"
+    text = f"{abs(difference):.4f} {side} the same network trained from scratch"
+    if comparison.relative_improvement is not None:
+        text += f" (relative improvement {100 * comparison.relative_improvement:+.2f} %)"
+    interval = comparison.interval
+    if interval is None:
+        return f"{text}. Without predictions of both stages there is no confidence interval."
+    bounds = f"95 % interval of the difference: {interval.low:+.4f} to {interval.high:+.4f}"
+    if interval.excludes_zero:
+        return f"{text}. {bounds}, so chance in the choice of users does not explain it."
+    return f"{text}. {bounds}: it includes zero, so this run shows no clear difference."
+
+
+def fields(stage: StageRecord) -> str:
+    """What the plots of a generative stage are about."""
+    model = stage.config.get("model") or {}
+    form = (model.get("balance") or {}).get("form")
+    guidance = ((model.get("denoiser") or {}).get("attention") or {}).get("guidance")
+    known = f" Balancing here: {form}; attention guided at: {guidance}." if form and guidance else ""
+    return (
+        "Every field has one learnable log-difficulty that follows its reconstruction loss relative to "
+        f"chance. From it come the field's weight in the generative loss and its gain in attention.{known}"
+    )
+
+
+def difficulty_caption(stage: StageRecord) -> str:
+    """What to see in the plot of difficulties."""
+    names = stage.field_names
+    hardest, easiest = names[0], names[-1]
+    last = {name: stage.field_series(name, "difficulty").last for name in (hardest, easiest)}
+    rest = f" Grey: the other {len(names) - 10} fields." if len(names) > 10 else ""
+    return (
+        "All fields start at 0; a field falls as its reconstruction beats chance. Hardest at the end: "
+        f"{hardest} ({last[hardest]:.2f}), easiest: {easiest} ({last[easiest]:.2f}).{rest}"
+    )
+
+
+def weight_caption(stage: StageRecord) -> str:
+    """What to see in the plot of weights."""
+    final = {name: stage.field_series(name, "weight") for name in stage.field_names}
+    shares = {name: one.last for name, one in final.items() if one}
+    if not shares:
+        return "Weights of the fields in the generative loss."
+    heaviest = max(shares, key=lambda name: shares[name])
+    share = shares[heaviest] / sum(shares.values())
+    return (
+        "How much of the generative loss each field gets; 1 is an even split. "
+        f"{heaviest} ends with the most: {shares[heaviest]:.2f}, which is {100 * share:.0f} % of the budget."
+    )
+
+
+def final_loss_caption(stage: StageRecord) -> str:
+    """What to see in the bars of final losses."""
+    final = [stage.field_series(name, "relative") for name in stage.field_names]
+    learnt = sum(1 for one in final if one and one.last < 0.9)
+    return (
+        f"{learnt} of {len(final)} fields are reconstructed clearly better than chance (r below 0.9). A bar "
+        "near the dashed line is a field that the rest of the row says little about."
+    )
+
+
+def slices_caption(split: str) -> str:
+    """What to see in the slices."""
+    return (
+        f"Where on {split} a stage earns its AUC: users and items with few training rows against the "
+        "well-known ones. Mind the number of clicks: a slice with few of them moves by chance."
+    )
