@@ -95,6 +95,10 @@ class Field(Section):
                 f"name {self.name!r} may hold only letters, digits and underscores and must not "
                 "start with a digit; put the raw column's name under `column`"
             )
+        if self.name.startswith("__"):
+            raise ValueError(
+                f"name {self.name!r} must not start with `__`, which marks encoded context columns"
+            )
         if self.kind == "sequence":
             self._reject("is that of the field it names under `table`", "vocabulary", "min_count")
             self._reject("belongs to the field named under `table`", "hash_size", "num_buckets", "dim")

@@ -1,0 +1,212 @@
+"""Raw columns as values: types checked and unified, missing values out, lists cut to length.
+
+Whatever width or encoding a shard stores, a field's values become one of
+
+    integer   int64          every integer and boolean type, and whole floating-point numbers (what
+                             integers with nulls often are on disk); uint64 by its bits
+    string    large_string   plain, large, view and dictionary-encoded strings
+    number    float64        the values of `numeric` fields, -0.0 made 0.0
+
+so that shards of int32 and int64 give the same ids. Digits in a string are not an integer: a column
+is one or the other in all shards. Missing are null and NaN; an empty string is a value.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from hetegen_rec.config.schema import Field, Schema
+from hetegen_rec.data.raw import DataError, column_keys
+
+ValueType: TypeAlias = Literal["integer", "string", "number", "none"]
+"""`none` is that of rows without values, which fits every other type."""
+
+_TYPE_NAMES: dict[pa.DataType, ValueType] = {
+    pa.int64(): "integer",
+    pa.large_string(): "string",
+    pa.float64(): "number",
+    pa.null(): "none",
+}
+
+
+@dataclass(frozen=True)
+class FieldValues:
+    """The values of one field in B rows, those that are kept."""
+
+    values: pa.Array
+    """int64, large_string, float64 or null type, without nulls; row by row. A sequence's rows stand
+    most recent first."""
+    lengths: npt.NDArray[np.int64]
+    """[B] values of each row; 0 where the value is missing or the list is empty."""
+
+    @property
+    def value_type(self) -> ValueType:
+        """Name of the type of the values; `none` if there are none, whatever the column's type."""
+        return _TYPE_NAMES[self.values.type] if len(self.values) else "none"
+
+
+def field_values(table: pa.Table, field: Field, where: str) -> FieldValues:
+    """The kept values of one field.
+
+    A list loses its nulls, then `multi_valued` keeps its first `max_length` values and `sequence`
+    its last, the most recent, and reverses them.
+
+    Raises:
+        DataError: the column's type does not fit the field's kind.
+    """
+    array = _plain(_column(table, field.column))
+    if not field.is_list:
+        present, values = _canonical(array, field, where)
+        return FieldValues(values, present.astype(np.int64))
+    if pa.types.is_null(array.type):
+        return FieldValues(array.drop_null(), np.zeros(len(array), np.int64))
+    if not _is_list(array.type):
+        raise _wrong_type(field, "lists", array.type, where)
+    rows = pc.list_parent_indices(array).to_numpy(zero_copy_only=False).astype(np.int64)
+    present, values = _canonical(_plain(pc.list_flatten(array)), field, where)
+    return _cut(values, rows[present], len(array), field)
+
+
+def labels(table: pa.Table, schema: Schema, first_row: int, where: str) -> npt.NDArray[np.float32]:
+    """[B] labels, 0 or 1.
+
+    Raises:
+        DataError: the column is not a number or boolean, or a row holds anything but 0 and 1.
+    """
+    array = _plain(_column(table, schema.label))
+    if not _is_number(array.type):
+        raise DataError(
+            f"{where}: label column {schema.label!r}: expected 0 and 1 as numbers or booleans, "
+            f"found {array.type}; convert it"
+        )
+    values: npt.NDArray[np.float64] = array.cast(pa.float64()).to_numpy(zero_copy_only=False)
+    wrong = np.flatnonzero((values != 0) & (values != 1))
+    if len(wrong):
+        raise DataError(
+            f"{where}: label column {schema.label!r}: row {first_row + wrong[0]} of the split holds "
+            f"{array[int(wrong[0])].as_py()!r}, expected 0 or 1 ({len(wrong)} such row(s) here); "
+            "convert or drop them"
+        )
+    return values.astype(np.float32)
+
+
+def timestamps(table: pa.Table, schema: Schema, where: str) -> npt.NDArray[np.int64]:
+    """[B] event times, in the unit of the column; 0 where missing.
+
+    Raises:
+        DataError: the column is neither integer nor a time.
+    """
+    if schema.timestamp is None:
+        raise ValueError("the schema has no timestamp")
+    array = _plain(_column(table, schema.timestamp))
+    kind = array.type
+    if pa.types.is_date32(kind):
+        array = array.cast(pa.timestamp("s"))
+    elif not (pa.types.is_integer(kind) or pa.types.is_timestamp(kind) or pa.types.is_null(kind)):
+        raise DataError(
+            f"{where}: timestamp column {schema.timestamp!r}: expected integers or timestamps, found {kind}"
+        )
+    times: npt.NDArray[np.int64] = array.cast(pa.int64()).fill_null(0).to_numpy(zero_copy_only=False)
+    return times
+
+
+def require_columns(table: pa.Table, schema: Schema, where: str) -> None:
+    """Raises DataError unless the table has every column that the schema reads."""
+    for column, key in column_keys(schema).items():
+        if column not in table.column_names:
+            raise DataError(
+                f"{where}: no column {column!r} (`{key}`); there are: {', '.join(table.column_names)}"
+            )
+
+
+def _column(table: pa.Table, name: str) -> pa.Array:
+    return table.column(name).combine_chunks()
+
+
+def _plain(array: pa.Array | pa.ChunkedArray) -> pa.Array:
+    """One contiguous array, dictionaries decoded and string views (few kernels know them) resolved."""
+    if isinstance(array, pa.ChunkedArray):
+        array = array.combine_chunks()
+    if pa.types.is_dictionary(array.type):
+        array = array.dictionary_decode()
+    return array.cast(pa.large_string()) if pa.types.is_string_view(array.type) else array
+
+
+def _canonical(array: pa.Array, field: Field, where: str) -> tuple[npt.NDArray[np.bool_], pa.Array]:
+    """Which values are there, and those in the field's type."""
+    if pa.types.is_floating(array.type):
+        array = pc.if_else(pc.is_nan(array), None, array)
+    present = array.is_valid().to_numpy(zero_copy_only=False)
+    values = array.drop_null() if array.null_count else array
+    if pa.types.is_null(values.type):
+        return present, values
+    if field.kind == "numeric":
+        return present, _numbers(values, field, where)
+    return present, _identities(values, field, where)
+
+
+def _numbers(values: pa.Array, field: Field, where: str) -> pa.Array:
+    if not _is_number(values.type):
+        raise _wrong_type(field, "numbers", values.type, where)
+    # Adding zero turns -0.0, which is equal but has other bits, into 0.0.
+    return pa.array(values.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False) + 0.0)
+
+
+def _identities(values: pa.Array, field: Field, where: str) -> pa.Array:
+    kind = values.type
+    if pa.types.is_uint64(kind):
+        return pa.array(values.to_numpy(zero_copy_only=False).view(np.int64))
+    if pa.types.is_integer(kind) or pa.types.is_boolean(kind):
+        return values.cast(pa.int64())
+    if pa.types.is_floating(kind):
+        return _whole_numbers(values, field, where)
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return values.cast(pa.large_string())
+    raise _wrong_type(field, "integers or strings", kind, where)
+
+
+def _whole_numbers(values: pa.Array, field: Field, where: str) -> pa.Array:
+    try:
+        return values.cast(pa.int64(), safe=True)
+    except pa.ArrowInvalid as error:
+        raise DataError(
+            f"{where}: column {field.column!r} of {field.kind} field {field.name!r}: a floating-point "
+            f"column may hold whole numbers only ({error}); use kind `numeric` or convert it"
+        ) from error
+
+
+def _cut(values: pa.Array, rows: npt.NDArray[np.int64], num_rows: int, field: Field) -> FieldValues:
+    """Keeps at most `list_length` values a row; `rows` says to which row each value belongs."""
+    lengths = np.bincount(rows, minlength=num_rows)
+    starts = np.cumsum(lengths) - lengths
+    kept = np.minimum(lengths, field.list_length)
+    kept_rows = np.repeat(np.arange(num_rows), kept)
+    rank = np.arange(len(kept_rows)) - np.repeat(np.cumsum(kept) - kept, kept)
+    if field.kind == "sequence":
+        rank = lengths[kept_rows] - 1 - rank
+    return FieldValues(values.take(pa.array(starts[kept_rows] + rank)), kept)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return bool(
+        pa.types.is_integer(kind)
+        or pa.types.is_floating(kind)
+        or pa.types.is_boolean(kind)
+        or pa.types.is_decimal(kind)
+        or pa.types.is_null(kind)
+    )
+
+
+def _wrong_type(field: Field, expected: str, found: Any, where: str) -> DataError:
+    return DataError(
+        f"{where}: column {field.column!r} of {field.kind} field {field.name!r}: expected {expected}, "
+        f"found {found}; change the field's kind or convert the column"
+    )

@@ -1,0 +1,163 @@
+"""Raw rows to rows of integer ids, vectorised: the same code for `prepare` and on-the-fly reading.
+
+An encoded table has a column for each field, under the field's name: int32 for a single value,
+list<int32> for `multi_valued` (at least one id: a row without values holds [0]) and `sequence` (most
+recent first, empty for a row without items). Beside them stand
+
+    __label      float32   0 or 1
+    __row_id     int64     index of the row in its split
+    __timestamp  int64     in the column's own unit, 0 where missing          (if `timestamp` is set)
+    __user_key   int64     a hash of the raw user value, 0 where missing      (if `user` is set)
+    __user_rows  int64     training rows of that user, 0 for an unseen one    (if `user` is set)
+    __item_rows  int64     training rows of that item, 0 for an unseen one    (if `item` is set)
+
+The training rows are those of the raw value, even where it is too rare for an id; under `hash`, those
+of the id that it shares.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from hetegen_rec.config.schema import Field, ReservedId, Schema
+from hetegen_rec.data.columns import FieldValues, field_values, labels, require_columns, timestamps
+from hetegen_rec.data.hashing import salt_of
+from hetegen_rec.data.raw import DataError, column_keys
+from hetegen_rec.data.statistics import Statistics
+from hetegen_rec.data.vocabulary import (
+    BucketVocabulary,
+    ExactVocabulary,
+    HashVocabulary,
+    Vocabulary,
+    hash_values,
+)
+
+VOCABULARY_DIR = "vocabulary"
+_USER_KEY_SALT = salt_of("__user_key")
+
+
+def required_columns(schema: Schema) -> list[str]:
+    """The raw columns that encoding reads."""
+    return list(column_keys(schema))
+
+
+def vocabulary_path(prepared_dir: str | Path, table: str) -> Path:
+    """Where the vocabulary of a `vocab` table is kept."""
+    return Path(prepared_dir) / VOCABULARY_DIR / f"{table}.parquet"
+
+
+class Encoder:
+    """Encodes raw tables.
+
+    Args:
+        schema: the schema.
+        statistics: of the training rows, under this schema.
+        exact: the vocabularies of the tables with `vocabulary: vocab`.
+    """
+
+    def __init__(self, schema: Schema, statistics: Statistics, exact: Mapping[str, ExactVocabulary]) -> None:
+        self._schema = schema
+        self._statistics = statistics
+        self._exact = dict(exact)
+        self._vocabularies = {field.name: self._vocabulary(field) for field in schema.table_owners}
+
+    @classmethod
+    def load(cls, prepared_dir: str | Path, schema: Schema) -> "Encoder":
+        """An encoder from what `prepare` wrote for this schema."""
+        exact = {
+            field.name: ExactVocabulary.load(vocabulary_path(prepared_dir, field.name))
+            for field in schema.table_owners
+            if field.vocabulary == "vocab"
+        }
+        return cls(schema, Statistics.load(prepared_dir), exact)
+
+    def encode(self, table: pa.Table, first_row: int, where: str) -> pa.Table:
+        """Encodes the rows of a raw table.
+
+        Args:
+            table: the columns of `required_columns`; others are ignored.
+            first_row: index of the first row in the split.
+            where: file and row group, for errors.
+
+        Raises:
+            DataError: a column is missing or has the wrong type, or a label is not 0 or 1.
+        """
+        require_columns(table, self._schema, where)
+        columns: dict[str, pa.Array] = {}
+        context: dict[str, npt.NDArray[np.int64]] = {}
+        for field in self._schema.fields:
+            found = field_values(table, field, where)
+            self._require_type(field, found, where)
+            columns[field.name] = _id_column(field, found, self._lookup(field, found.values))
+            context.update(self._context(field, found))
+        columns["__label"] = pa.array(labels(table, self._schema, first_row, where))
+        columns["__row_id"] = pa.array(np.arange(first_row, first_row + len(table)))
+        if self._schema.timestamp:
+            columns["__timestamp"] = pa.array(timestamps(table, self._schema, where))
+        return pa.table({**columns, **{name: pa.array(values) for name, values in context.items()}})
+
+    def _vocabulary(self, field: Field) -> Vocabulary:
+        if field.vocabulary == "vocab":
+            return self._exact[field.name]
+        if field.vocabulary == "hash":
+            return HashVocabulary(field.name, field.hash_size or 0)
+        edges = self._statistics.fields[field.name].bucket_edges
+        return BucketVocabulary(np.empty(0) if edges is None else edges)
+
+    def _lookup(self, field: Field, values: pa.Array) -> npt.NDArray[np.int32]:
+        if pa.types.is_null(values.type):
+            return np.empty(0, np.int32)
+        return self._vocabularies[field.table_name].lookup(values)
+
+    def _require_type(self, field: Field, found: FieldValues, where: str) -> None:
+        """Values of another type than in training would all be unknown, and silently so."""
+        expected = self._statistics.fields[field.table_name].value_type
+        if "none" not in (expected, found.value_type) and expected != found.value_type:
+            raise DataError(
+                f"{where}: column {field.column!r} of {field.kind} field {field.name!r} holds "
+                f"{found.value_type} values, but the training rows hold {expected} values; "
+                "write all shards with one type"
+            )
+
+    def _context(self, field: Field, found: FieldValues) -> dict[str, npt.NDArray[np.int64]]:
+        """The columns for evaluation that come from this field."""
+        context = {}
+        if field.name == self._schema.user:
+            keys = hash_values(found.values, _USER_KEY_SALT).view(np.int64)
+            context["__user_key"] = _by_row(found, keys)
+            context["__user_rows"] = _by_row(found, self._training_rows(field, found.values))
+        if field.name == self._schema.item:
+            context["__item_rows"] = _by_row(found, self._training_rows(field, found.values))
+        return context
+
+    def _training_rows(self, field: Field, values: pa.Array) -> npt.NDArray[np.int64]:
+        if pa.types.is_null(values.type):
+            return np.empty(0, np.int64)
+        exact = self._exact.get(field.name)
+        if exact is not None:
+            return exact.rows_of(exact.positions(values))
+        counts = self._statistics.fields[field.name].counts
+        return counts[self._lookup(field, values)]
+
+
+def _by_row(found: FieldValues, values: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """[B]: the values at the rows that have one, 0 elsewhere."""
+    rows = np.zeros(len(found.lengths), np.int64)
+    rows[found.lengths == 1] = values
+    return rows
+
+
+def _id_column(field: Field, found: FieldValues, ids: npt.NDArray[np.int32]) -> pa.Array:
+    if not field.is_list:
+        return pa.array(_by_row(found, ids.astype(np.int64)).astype(np.int32))
+    lengths = found.lengths
+    if field.kind == "multi_valued":
+        empty = lengths == 0
+        ends = np.cumsum(lengths)
+        ids = np.insert(ids, ends[empty], int(ReservedId.MISSING))
+        lengths = np.maximum(lengths, 1)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(ids.astype(np.int32)))

@@ -1,0 +1,109 @@
+"""The manifest of a prepared data set: what it was made from, so that stale data are noticed."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import fsspec
+
+from hetegen_rec.config.run import DataConfig, RunConfig, Split
+from hetegen_rec.config.schema import Schema
+from hetegen_rec.data.raw import DataError
+
+MANIFEST_FILE = "manifest.json"
+FORMAT_VERSION = 1
+"""Raised whenever prepared files change their meaning."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a prepared directory holds and where it came from."""
+
+    schema_fingerprint: str
+    """Identifies what in the schema bears on ids."""
+    input_fingerprint: str
+    """Identifies the raw files (by name, size and time of change) and how they were written."""
+    num_rows: Mapping[str, int]
+    """Rows of each split."""
+    encoded_splits: Sequence[str]
+    """Splits with encoded shards; none with `data.encode: on_the_fly`."""
+    format_version: int = FORMAT_VERSION
+
+    def write(self, directory: Path) -> None:
+        """Writes `manifest.json`."""
+        text = json.dumps(asdict(self), indent=1)
+        (directory / MANIFEST_FILE).write_text(text, encoding="utf-8")
+
+
+def read_manifest(directory: str | Path) -> Manifest:
+    """The manifest of a prepared directory.
+
+    Raises:
+        DataError: there is none, or it is of another version.
+    """
+    path = Path(directory) / MANIFEST_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{directory}: holds no prepared data ({MANIFEST_FILE}); run prepare first"
+        ) from error
+    except ValueError as error:
+        raise DataError(
+            f"{path}: is damaged ({error}); delete the directory and run prepare again"
+        ) from error
+    version = content.get("format_version")
+    if version != FORMAT_VERSION:
+        raise DataError(
+            f"{directory}: prepared in format {version}, this version reads {FORMAT_VERSION}; "
+            "delete it and run prepare again"
+        )
+    return Manifest(**content)
+
+
+def check_prepared(config: RunConfig) -> None:
+    """Raises DataError unless `data.prepared_dir` was prepared for the run's schema and reading mode."""
+    directory = config.data.prepared_dir
+    manifest = read_manifest(directory)
+    if manifest.schema_fingerprint != schema_fingerprint(config.features):
+        raise DataError(
+            f"{directory}: prepared for another schema than `features`; run prepare again, "
+            "or set another `data.prepared_dir`"
+        )
+    missing = [split for split in config.splits() if split not in manifest.encoded_splits]
+    if config.data.encode == "prepared" and missing:
+        raise DataError(
+            f"{directory}: holds no encoded rows of {', '.join(missing)}; run prepare again for this "
+            "configuration"
+        )
+
+
+def schema_fingerprint(schema: Schema) -> str:
+    """Identifies what in a schema bears on ids: model-side keys of fields may change freely."""
+    described = schema.model_dump(mode="json")
+    for field in described["fields"]:
+        del field["dim"], field["reconstruct"]
+    return _fingerprint(described)
+
+
+def input_fingerprint(data: DataConfig, files: Mapping[Split, Sequence[str]]) -> str:
+    """Identifies the raw files and the settings that shape what is written from them."""
+    stamps = {split: [_stamp(path) for path in paths] for split, paths in files.items()}
+    return _fingerprint([stamps, data.encode, data.rows_per_group])
+
+
+def _stamp(path: str) -> list[str | int]:
+    if "://" not in path:
+        status = Path(path).stat()
+        return [path, status.st_size, status.st_mtime_ns]
+    filesystem, inner = fsspec.core.url_to_fs(path)
+    # Object stores name the content (`ETag`) or the time of change, each in its own way.
+    info = filesystem.info(inner)
+    changed = info.get("ETag") or info.get("LastModified") or info.get("mtime") or info.get("created")
+    return [path, info["size"], str(changed)]
+
+
+def _fingerprint(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

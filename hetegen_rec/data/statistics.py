@@ -1,0 +1,306 @@
+"""What is known of the training rows: the one artifact behind encoding, the logQ correction, chance
+levels, regularisation, slices and test-time confidence. Counted once, on training rows only.
+
+The same data give the same statistics whatever the number of ranks, files and row groups.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from hetegen_rec.config.schema import NUM_RESERVED_IDS, Field, ReservedId, Schema
+from hetegen_rec.data.accumulators import FieldAccumulator, HashCounter, Histogram, ValueCounter
+from hetegen_rec.data.columns import ValueType, field_values, labels
+from hetegen_rec.data.raw import DataError
+from hetegen_rec.data.vocabulary import BucketVocabulary, ExactVocabulary
+
+STATISTICS_FILE = "statistics.json"
+_ARRAYS_DIR = "arrays"
+_UNSEEN_COUNT = 0.5  # what an id that was never seen counts for, to keep logarithms finite
+
+
+@dataclass(frozen=True, eq=False)
+class FieldStatistics:
+    """The training values of one field."""
+
+    name: str
+    num_values: int
+    """Values kept after lists were cut to length, missing ones excluded."""
+    num_missing: int
+    """Rows without a value."""
+    num_out_of_vocabulary: int
+    """Values without an id of their own."""
+    cardinality: int
+    """Distinct raw values; for `hash` and `buckets` an estimate (+-0.4 %) from 65,536 up."""
+    num_ids: int
+    """Rows of the field's table, the two reserved ones included."""
+    entropy: float
+    """Entropy of the ids, reserved ones excluded, in nats."""
+    counts: npt.NDArray[np.int64]
+    """[num_ids] training occurrences of each id in this field."""
+    bucket_edges: npt.NDArray[np.float64] | None = None
+    """`buckets`: inner edges, ascending."""
+    table: str = ""
+    """The field that owns the table; left out, the field itself."""
+    value_type: ValueType = "none"
+    """Type of the raw values (see `columns`)."""
+    vocabulary_checksum: str = ""
+    """`vocab`: identifies the vocabulary of the table."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "table", self.table or self.name)
+
+    def save(self, directory: Path) -> dict[str, Any]:
+        """Writes the counts as an array under `directory`; returns the rest as plain values."""
+        (directory / _ARRAYS_DIR).mkdir(parents=True, exist_ok=True)
+        np.save(_counts_path(directory, self.name), self.counts)
+        return self._plain()
+
+    @classmethod
+    def load(cls, directory: Path, plain: Mapping[str, Any]) -> "FieldStatistics":
+        """The inverse of `save`; the counts stay on disk, memory-mapped."""
+        edges = plain["bucket_edges"]
+        return cls(
+            **{
+                **plain,
+                "bucket_edges": None if edges is None else np.asarray(edges, np.float64),
+                "counts": np.load(_counts_path(directory, plain["name"]), mmap_mode="r"),
+            }
+        )
+
+    def _plain(self) -> dict[str, Any]:
+        plain = {key: value for key, value in vars(self).items() if key != "counts"}
+        edges = self.bucket_edges
+        return {**plain, "bucket_edges": None if edges is None else edges.tolist()}
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """The training rows, field by field."""
+
+    num_rows: int
+    num_positives: int
+    fields: dict[str, FieldStatistics]
+
+    def table_rows(self, table: str) -> int:
+        """Rows of an embedding table, by the field that owns it."""
+        return self.fields[table].num_ids
+
+    def log_prior(self, field: str) -> npt.NDArray[np.float32]:
+        """[num_ids] log share of each id among the field's in-vocabulary training values.
+
+        Reserved and unseen ids get the log share of half an occurrence.
+        """
+        counts = self.fields[field].counts.astype(np.float64)
+        counts[:NUM_RESERVED_IDS] = 0
+        total = max(counts.sum(), 1.0)
+        shares: npt.NDArray[np.float64] = np.log(np.maximum(counts, _UNSEEN_COUNT) / total)
+        return shares.astype(np.float32)
+
+    def log_rate(self, table: str) -> npt.NDArray[np.float32]:
+        """[num_ids] log expected lookups of each table row by one training row.
+
+        Over all fields on the table; a missing value looks up row 0, an absent sequence position
+        nothing. Never below half a lookup in all training rows.
+        """
+        on_table = (field.counts for field in self.fields.values() if field.table == table)
+        counts = np.maximum(np.sum(list(on_table), axis=0, dtype=np.float64), _UNSEEN_COUNT)
+        rates: npt.NDArray[np.float64] = np.log(counts / max(self.num_rows, 1))
+        return rates.astype(np.float32)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identifies statistics and vocabularies: what was trained under one fits no other."""
+        # The entropy sums up all counts; its last digits may depend on the machine.
+        fields = [{**f._plain(), "entropy": round(f.entropy, 6)} for f in self.fields.values()]
+        content = json.dumps([self.num_rows, self.num_positives, fields], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    def save(self, directory: str | Path) -> None:
+        """Writes `statistics.json` and one array of counts a field."""
+        directory = Path(directory)
+        write_statistics(
+            directory,
+            self.num_rows,
+            self.num_positives,
+            [field.save(directory) for field in self.fields.values()],
+        )
+
+    @classmethod
+    def load(cls, directory: str | Path) -> "Statistics":
+        """Reads what `save` wrote; counts stay on disk, memory-mapped.
+
+        Raises:
+            DataError: there are no statistics in the directory.
+        """
+        path = Path(directory) / STATISTICS_FILE
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise DataError(f"{path}: no such file; run prepare first") from error
+        fields = [FieldStatistics.load(Path(directory), plain) for plain in content["fields"]]
+        return cls(content["num_rows"], content["num_positives"], {field.name: field for field in fields})
+
+
+def write_statistics(
+    directory: Path, num_rows: int, num_positives: int, fields: list[dict[str, Any]]
+) -> None:
+    """Writes `statistics.json` around fields whose counts are already saved."""
+    content = {"num_rows": num_rows, "num_positives": num_positives, "fields": fields}
+    text = json.dumps(content, indent=1)
+    (directory / STATISTICS_FILE).write_text(text, encoding="utf-8")
+
+
+class Accumulator:
+    """Counts training rows: labels, and every field's values. Mergeable by table."""
+
+    def __init__(self, schema: Schema) -> None:
+        self._schema = schema
+        self.num_rows = 0
+        self.num_positives = 0
+        self.fields = {
+            field.name: FieldAccumulator(field, schema.field(field.table_name)) for field in schema.fields
+        }
+
+    def add(self, table: pa.Table, first_row: int, where: str) -> None:
+        """Counts the rows of a raw table.
+
+        Args:
+            table: raw columns.
+            first_row: index of its first row in the split, for errors.
+            where: file and row group, for errors.
+
+        Raises:
+            DataError: a column has the wrong type, or a label is not 0 or 1.
+        """
+        self.num_rows += len(table)
+        self.num_positives += int(labels(table, self._schema, first_row, where).sum())
+        for field in self._schema.fields:
+            self.fields[field.name].add(field_values(table, field, where), where)
+
+    def of_table(self, table: str) -> dict[str, FieldAccumulator]:
+        """The accumulators of the fields on one table."""
+        return {f.name: self.fields[f.name] for f in fields_on(self._schema, table)}
+
+
+def fields_on(schema: Schema, table: str) -> list[Field]:
+    """The fields whose ids index a table: its owner and the sequences that share it."""
+    return [field for field in schema.fields if field.table_name == table]
+
+
+def summarise_table(
+    schema: Schema, table: str, counted: Mapping[str, FieldAccumulator]
+) -> tuple[ExactVocabulary | None, list[FieldStatistics]]:
+    """The vocabulary of a table and the statistics of the fields on it.
+
+    A vocabulary holds the values of the field that owns the table and of the sequences that share it,
+    and `min_count` is held against their counts together: an item that was only ever part of a
+    history deserves a row too.
+
+    Args:
+        schema: the schema.
+        table: the field that owns the table.
+        counted: accumulators of the fields on the table, merged over all ranks.
+
+    Raises:
+        DataError: fields on the table hold values of different types.
+    """
+    owner = schema.field(table)
+    _require_one_type(schema, table, counted)
+    if owner.vocabulary != "vocab":
+        return None, [_of_counter(owner, name, field) for name, field in counted.items()]
+    tables = {name: _exact(field).table for name, field in counted.items()}
+    vocabulary = ExactVocabulary.build(tables, table, owner.min_count or 1)
+    checksum = vocabulary.checksum
+    statistics = []
+    for name, field in counted.items():
+        counts = _counts_by_id(vocabulary, tables[name])
+        statistics.append(
+            _statistics(
+                owner, name, field, counts, len(tables[name]), is_sequence=name != table, checksum=checksum
+            )
+        )
+    return vocabulary, statistics
+
+
+def _require_one_type(schema: Schema, table: str, counted: Mapping[str, FieldAccumulator]) -> None:
+    types = {name: field.value_type for name, field in counted.items() if field.value_type != "none"}
+    if len(set(types.values())) > 1:
+        found = ", ".join(f"{schema.field(name).column!r} {kind}" for name, kind in types.items())
+        raise DataError(
+            f"fields that share table {table!r} hold values of different types ({found}); write them as one"
+        )
+
+
+def _exact(field: FieldAccumulator) -> ValueCounter:
+    assert isinstance(field.counter, ValueCounter)
+    return field.counter
+
+
+def _counts_by_id(vocabulary: ExactVocabulary, values: pa.Table) -> npt.NDArray[np.int64]:
+    counts = np.zeros(vocabulary.num_ids, np.int64)
+    ids = vocabulary.lookup(values["value"].combine_chunks())
+    np.add.at(counts, ids, values["count"].to_numpy())
+    return counts
+
+
+def _of_counter(owner: Field, name: str, field: FieldAccumulator) -> FieldStatistics:
+    """Statistics of a field whose ids follow from its counter alone."""
+    counter = field.counter
+    if isinstance(counter, HashCounter):
+        return _statistics(
+            owner, name, field, counter.counts, counter.distinct.estimate, is_sequence=name != owner.name
+        )
+    assert isinstance(counter, Histogram)
+    edges = counter.edges(owner.num_buckets or 1)
+    buckets = BucketVocabulary(edges)
+    counts = np.zeros(buckets.num_ids, np.int64)
+    np.add.at(counts, buckets.lookup(pa.array(counter.starts)), counter.counts)
+    return _statistics(owner, name, field, counts, counter.distinct.estimate, edges=edges)
+
+
+def _statistics(
+    owner: Field,
+    name: str,
+    field: FieldAccumulator,
+    counts: npt.NDArray[np.int64],
+    cardinality: int,
+    *,
+    is_sequence: bool = False,
+    edges: npt.NDArray[np.float64] | None = None,
+    checksum: str = "",
+) -> FieldStatistics:
+    if not is_sequence:  # an empty sequence is an empty bag, anything else missing looks up row 0
+        counts[ReservedId.MISSING] = field.num_missing
+    return FieldStatistics(
+        name=name,
+        num_values=field.num_values,
+        num_missing=field.num_missing,
+        num_out_of_vocabulary=int(counts[ReservedId.OUT_OF_VOCABULARY]),
+        cardinality=cardinality,
+        num_ids=len(counts),
+        entropy=_entropy(counts[NUM_RESERVED_IDS:]),
+        counts=counts,
+        bucket_edges=edges,
+        table=owner.name,
+        value_type=field.value_type,
+        vocabulary_checksum=checksum,
+    )
+
+
+def _entropy(counts: npt.NDArray[np.int64]) -> float:
+    seen = counts[counts > 0]
+    shares = seen / max(seen.sum(), 1)
+    return float(max(-(shares * np.log(shares)).sum(), 0.0))
+
+
+def _counts_path(directory: Path, field: str) -> Path:
+    return directory / _ARRAYS_DIR / f"{field}.counts.npy"
