@@ -225,7 +225,7 @@ def _training_row(stage: StageRecord) -> Iterator[str]:
         f"{last.get('step', 0):,}",
         number(last.get("epoch"), 2),
         f"{last.get('rows', 0):,}",
-        number(last.get("seconds", 0.0) / 60, 1),
+        number(last["seconds"] / 60 if "seconds" in last else None, 1),
         "n/a" if stage.samples_per_second is None else f"{stage.samples_per_second:,.0f}",
     ]
     yield f"<tr>{_stage_cell(stage.name)}{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"

@@ -28,7 +28,7 @@ RELATIVE_LOSS = (
     "Cross-entropy of the masked cells over that of guessing. A line that leaves 1 early is a field that its "
     "neighbours explain; one that stays is noise or still to be learnt."
 )
-VALID_AUC = "Each dot is one evaluation; the ring marks the best, whose weights the stage ends with."
+VALID_AUC = "Each dot is one evaluation; the ring marks the best, whose weights a click stage ends with."
 CLICK_LOSS = (
     "Thin lines: training; dots: log loss on valid. Dots that turn upward while the thin line falls show "
     "overfitting. In pre-training the label is reconstructed from a partly masked row."

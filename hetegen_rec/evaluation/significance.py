@@ -72,6 +72,12 @@ def read_predictions(directory: Path) -> PredictionTable | None:
     except (pa.ArrowException, OSError) as error:
         raise EvaluationError(f"{directory}: predictions cannot be read: {error}; predict again") from error
     columns: dict[str, Any] = {name: table[name].to_numpy() for name in names}
+    repeated = np.flatnonzero(np.diff(columns["row_id"]) == 0)
+    if len(repeated):
+        row = columns["row_id"][repeated[0]]
+        raise EvaluationError(
+            f"{directory}: row {row} was predicted twice; remove the directory, predict again"
+        )
     return PredictionTable(
         columns["row_id"].astype(np.int64),
         columns["probability"].astype(np.float64),

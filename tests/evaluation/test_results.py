@@ -163,6 +163,11 @@ def test_damaged_predictions_name_their_place(tmp_path):
     pq.write_table(pa.table({"row_id": [1]}), tmp_path / "x.parquet")
     with pytest.raises(EvaluationError, match="probability, label"):
         significance.read_predictions(tmp_path)
+    pq.write_table(
+        pa.table({"row_id": [4, 4], "probability": [0.5, 0.5], "label": [0, 1]}), tmp_path / "x.parquet"
+    )
+    with pytest.raises(EvaluationError, match="row 4 was predicted twice"):
+        significance.read_predictions(tmp_path)
 
 
 def test_tables_show_every_stage_and_na_where_nothing_is_defined(tmp_path):
