@@ -25,9 +25,9 @@ class Manifest:
     """Identifies what in the schema bears on ids."""
     input_fingerprint: str
     """Identifies the raw files (by name, size and time of change) and how they were written."""
-    num_rows: Mapping[str, int]
+    num_rows: Mapping[Split, int]
     """Rows of each split."""
-    encoded_splits: Sequence[str]
+    encoded_splits: Sequence[Split]
     """Splits with encoded shards; none with `data.encode: on_the_fly`."""
     format_version: int = FORMAT_VERSION
 

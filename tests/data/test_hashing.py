@@ -1,7 +1,7 @@
 import numpy as np
 import pyarrow as pa
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -42,6 +42,7 @@ def reference_string(text: str, salt: int) -> int:
     return state
 
 
+@settings(deadline=None)
 @given(int64s, salts)
 def test_numpy_torch_and_the_written_definition_agree(values: np.ndarray, salt: int) -> None:
     expected = [reference_mix(int(v), salt) for v in values]
@@ -49,6 +50,7 @@ def test_numpy_torch_and_the_written_definition_agree(values: np.ndarray, salt: 
     assert mix64_torch(torch.from_numpy(values), salt).numpy().view(np.uint64).tolist() == expected
 
 
+@settings(deadline=None)
 @given(int64s, salts, st.integers(1, 2**40))
 def test_uniform_numbers_and_buckets_agree_between_numpy_and_torch(values, salt, size) -> None:
     tensor = torch.from_numpy(values)
@@ -73,6 +75,7 @@ def test_small_salts_are_unrelated() -> None:
     assert len(hashed) == 4000
 
 
+@settings(deadline=None)
 @given(st.lists(st.none() | st.text(max_size=30), max_size=20), salts, st.integers(0, 5))
 def test_strings_hash_by_value_whatever_their_layout(texts, salt: int, skip: int) -> None:
     expected = [0 if text is None else reference_string(text, salt) for text in texts]
