@@ -122,7 +122,7 @@ def _label_ends(axes: Axes, ends: Mapping[str, tuple[float, str]]) -> None:
         axes.plot(
             [1.0, 1.03], [y, place], color=color, linewidth=0.8, transform=axes.transAxes, clip_on=False
         )
-        text = f"{_short(name)}  {value:.2f}"
+        text = f"{_short(name)}  {round(value, 2) + 0.0:.2f}"  # + 0.0: no minus zero
         axes.text(1.04, place, text, color=color, fontsize=8.5, va="center", transform=axes.transAxes)
 
 
