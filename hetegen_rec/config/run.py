@@ -126,7 +126,7 @@ class DataConfig(Section):
 
 
 class AttentionConfig(Section):
-    """Self-attention of the denoiser and how difficulty guides it (METHOD section 6)."""
+    """Self-attention of the denoiser and how difficulty guides it (docs/method.md section 6)."""
 
     num_heads: PositiveInt = 2
     guidance: AttentionGuidance = "residual"
@@ -144,7 +144,7 @@ class DenoiserConfig(Section):
 
 
 class NoiseConfig(Section):
-    """The corruption process (METHOD section 3)."""
+    """The corruption process (docs/method.md section 3)."""
 
     t_min: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
     """Smallest noise level; t is drawn from U(t_min, 1), stratified over the batch."""
@@ -160,7 +160,7 @@ class NoiseConfig(Section):
 
 
 class ReconstructionConfig(Section):
-    """Heads that predict the masked cells (METHOD section 4)."""
+    """Heads that predict the masked cells (docs/method.md section 4)."""
 
     full_softmax_max: NonNegativeInt = 1024
     """Vocabularies up to this size get a full softmax, larger ones a sampled softmax."""
@@ -171,7 +171,7 @@ class ReconstructionConfig(Section):
 
 
 class BalanceConfig(Section):
-    """How the per-field reconstruction losses are weighted (METHOD section 5)."""
+    """How the per-field reconstruction losses are weighted (docs/method.md section 5)."""
 
     form: BalanceForm = "difficulty"
     exponent: float = 1.0
@@ -232,7 +232,7 @@ class StageConfig(Section):
     """How both learning rates fall after the warm-up; `linear` and `cosine` end at zero."""
     table_l2: NonNegativeFloat = 0.0
     """Strength of the unbiased estimate of lambda/2 ||E||^2 over whole tables, computed on
-    looked-up rows only (METHOD section 10)."""
+    looked-up rows only (docs/method.md section 10)."""
     oov_dropout: NonNegativeFloat = 0.0
     """a: an id seen n times in training is replaced by out-of-vocabulary with probability a/(a+n)."""
     max_grad_norm: PositiveFloat | None = 10.0

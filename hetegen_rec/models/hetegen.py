@@ -53,7 +53,7 @@ class HeteGen(nn.Module):
 class HeteGenNetwork(nn.Module):
     """Corruption, denoiser, heads and difficulty: everything that is replicated.
 
-    Stages (METHOD section 7): `pretrain` reconstructs noised rows, the label among them; `finetune`
+    Stages (docs/method.md section 7): `pretrain` reconstructs noised rows, the label among them; `finetune`
     and `scratch` score clean rows; `joint` does both on one lookup.
     """
 
@@ -268,7 +268,7 @@ def _click_loss(logits: Tensor, batch: Batch) -> Tensor:
 
 
 def _unbiased_l2(norms: Tensor, log_rate: Tensor) -> Tensor:
-    """Estimate of 1/2 ||E||^2 over whole tables from looked-up rows (METHOD section 10, derived).
+    """Estimate of 1/2 ||E||^2 over whole tables from looked-up rows (docs/method.md section 10, derived).
 
     A table row that a training row looks up q times in the mean stands in the batch B q times;
     weighting each by 1 / (B q) makes the expectation the sum over all rows. Padding has norm 0.

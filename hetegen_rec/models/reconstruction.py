@@ -1,4 +1,4 @@
-"""Heads that predict the noised cells of a row, one loss per row and field (METHOD section 4)."""
+"""Heads that predict the noised cells of a row, one loss per row and field (docs/method.md section 4)."""
 
 import math
 from dataclasses import dataclass

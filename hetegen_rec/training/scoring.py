@@ -6,6 +6,7 @@ import torch
 from torchrec.distributed import DistributedModelParallel
 
 from hetegen_rec.config.run import RunConfig
+from hetegen_rec.config.schema import NUM_RESERVED_IDS
 from hetegen_rec.data.reader import Reader
 from hetegen_rec.data.statistics import Statistics
 from hetegen_rec.distributed.runtime import Runtime
@@ -41,7 +42,7 @@ def measure(
     item = config.features.item
     threshold = None
     if item is not None:
-        counts = statistics.fields[item].counts
+        counts = statistics.fields[item].counts[NUM_RESERVED_IDS:]
         threshold = head_threshold(counts, config.evaluation.head_share)
     group = runtime.host_group if runtime.world_size > 1 else None
     return evaluate_predictions(predictions, group, config.evaluation, threshold, temperature)
