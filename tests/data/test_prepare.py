@@ -300,6 +300,13 @@ def test_a_failure_on_one_rank_ends_all_and_leaves_nothing(raw, spoil) -> None:
     assert {path.name for path in raw.iterdir()} == {"train", "valid", "test"}
 
 
+def test_what_a_killed_run_left_does_not_leak_into_the_next(raw) -> None:
+    (raw / ".prepared.partial" / "train").mkdir(parents=True)
+    (raw / ".prepared.partial" / "train" / "part-99999-00000.parquet").write_bytes(b"half")
+    prepare(config_for(raw), Alone())
+    assert encoded(raw, "train").num_rows == 140
+
+
 def test_a_directory_that_prepare_did_not_write_is_not_replaced(raw) -> None:
     (raw / "prepared").mkdir()
     (raw / "prepared" / "thesis.tex").write_text("years of work")

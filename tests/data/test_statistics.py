@@ -216,6 +216,14 @@ def test_histograms_of_too_many_numbers_merge_exactly_and_have_exact_buckets(
     assert of_cells.tolist() == of_numbers.tolist()
 
 
+def test_a_fine_histogram_takes_the_coarser_cells_of_another(monkeypatch) -> None:
+    monkeypatch.setattr(accumulators, "MAX_CELLS", 8)
+    few, many = [1 + 1 / 4096], [1 + i / 1024 for i in range(9)]
+    merged = histogram(few)
+    merged.merge(histogram(many))
+    assert merged.starts.tolist() == histogram(few + many).starts.tolist()
+
+
 def test_buckets_of_continuous_numbers_are_even() -> None:
     numbers = np.random.default_rng(0).lognormal(size=200_000)
     edges = histogram(numbers).edges(32)
