@@ -37,7 +37,7 @@ class Toy(nn.Module):
         self.keys = [key for name in tables for key in KEYS[name]]
         self.hidden = nn.Linear(len(self.keys) * DIM, 4)
         self.score = nn.Linear(4, 1)
-        self.unused = nn.Linear(4, 1)
+        self.frozen_head = nn.Linear(4, 1).requires_grad_(False)  # as of another stage
         self.difficulty = nn.Parameter(torch.zeros(3))
 
     def forward(self, kjt: KeyedJaggedTensor) -> torch.Tensor:

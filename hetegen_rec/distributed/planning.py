@@ -1,6 +1,7 @@
 """Which rank holds which part of which table: TorchRec's planner, fed from the machine and the config."""
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -232,6 +233,7 @@ def _constrain(
                 f"choose among {', '.join(offered)}"
             )
     kinds: list[str] = list(wanted.sharding) or _default_kinds(table, cluster)
+    kinds = _without_empty_shards(kinds, table, key, cluster)
     if wanted.kernel is not None:
         _check_kernel(wanted.kernel, key, kinds, cluster, sharder)
     return ParameterConstraints(
@@ -259,6 +261,29 @@ def _default_kinds(table: EmbeddingBagConfig, cluster: Cluster) -> list[str]:
     ):
         kinds.append("table_row_wise")
     return kinds
+
+
+def _without_empty_shards(
+    kinds: Sequence[str], table: EmbeddingBagConfig, key: str, cluster: Cluster
+) -> list[str]:
+    """The kinds that give every rank they use a row: FBGEMM's CPU kernels read past the end otherwise."""
+    rows = table.num_embeddings
+    ranks = {
+        "row_wise": cluster.world_size,
+        "table_row_wise": cluster.local_world_size,
+        "grid_shard": cluster.local_world_size,
+    }
+    # Ranks get equal blocks of rows, the last one what is left.
+    kept = [k for k in kinds if (ranks.get(k, 1) - 1) * math.ceil(rows / ranks.get(k, 1)) < rows]
+    if kept:
+        return kept
+    if key != "default":
+        raise PlanningError(
+            f"distributed.tables.{key}.sharding: {', '.join(kinds)} cuts the {rows} rows of table "
+            f"{table.name} so that some of {cluster.world_size} ranks get none; use table_wise"
+        )
+    logger.info("table %s with %d rows is too small for %s: table_wise", table.name, rows, ", ".join(kinds))
+    return ["table_wise"]
 
 
 def _check_kernel(

@@ -5,6 +5,7 @@ The only module that reads `os.environ` and the only one that chooses the device
 
 import logging
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,10 @@ from hetegen_rec.config.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+# Gloo's threads outlive the group while a model refers to it, and abort the process if they let go of
+# the last collective's tensors after the interpreter began to end (pytorch/pytorch#179291).
+_SETTLE_SECONDS = 0.1
 
 _LAUNCHER_VARIABLES = (
     "RANK",
@@ -133,6 +138,7 @@ def start_runtime(
         )
     finally:
         dist.destroy_process_group()
+        time.sleep(_SETTLE_SECONDS)
 
 
 def _read_place() -> dict[str, int]:

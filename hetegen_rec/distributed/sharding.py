@@ -59,8 +59,8 @@ def shard_model(
 ) -> DistributedModelParallel:
     """Spreads the tables over the ranks by the plan and replicates the rest. A collective.
 
-    Parameters may be unused in a step (stages train different heads), but outputs that the model returns
-    beside the loss must be detached: the replication waits for the gradient of whatever they used.
+    Every parameter that requires a gradient must get one in every step; a stage freezes what it does not
+    train. Outputs that the model returns beside the loss must be detached.
 
     Args:
         model: holds an EmbeddingBagCollection on `meta`, its table optimizer attached; the rest on CPU or
@@ -74,7 +74,7 @@ def shard_model(
         device=runtime.device,
         plan=plan,
         sharders=make_sharders(config, runtime.device.type),
-        data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=False, find_unused_parameters=True),
+        data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=False, find_unused_parameters=False),
     )
 
 

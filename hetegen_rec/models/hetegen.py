@@ -110,8 +110,9 @@ class HeteGenNetwork(nn.Module):
             _freeze(self.reconstruction, self.corruption, self.difficulty)
         if not self.scores_clicks and self.ctr_head is not None:
             _freeze(self.ctr_head)
-        uses_label_head = self.is_generative and self.config.noise.label_in_set
-        if self.ctr_head is not None and not uses_label_head:
+        diffuses_label = self.is_generative and self.config.noise.label_in_set
+        reads_label = self.scores_clicks and self.ctr_head is None
+        if not (diffuses_label or reads_label):
             _freeze(self.label_head)
 
     def forward(self, looked_up: KeyedTensor, batch: Batch) -> tuple[Tensor, Outputs]:

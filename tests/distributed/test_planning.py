@@ -54,6 +54,26 @@ def test_constraints_by_table_and_by_default() -> None:
     }
 
 
+def _place(rows: int, world_size: int, config: DistributedConfig) -> tuple[str, int]:
+    toy = _toy({"item": rows})
+    (line,) = plan_summary(make_plan(toy, config, Cluster("cpu", world_size, world_size, 64 * GB), 256), toy)
+    return line.sharding, len(line.ranks)
+
+
+def test_small_tables_stay_whole_where_rows_are_cut_by_default() -> None:
+    config = _config(default=TableConfig(sharding=("row_wise",)))
+    assert _place(3, 3, config) == ("row_wise", 3)
+    assert _place(2, 3, config) == ("table_wise", 1)
+    assert _place(11, 8, config) == ("table_wise", 1)  # blocks of 2 would leave the last ranks empty
+    assert _place(16, 8, config) == ("row_wise", 8)
+
+
+def test_a_small_table_cut_into_rows_by_name_is_refused() -> None:
+    config = _config(item=TableConfig(sharding=("row_wise",)))
+    with pytest.raises(PlanningError, match=r"distributed\.tables\.item\.sharding: row_wise cuts the 2 rows"):
+        _place(2, 3, config)
+
+
 def test_column_wise_cuts_narrow_tables_too() -> None:
     toy = _toy({"item": 50})
     config = _config(item=TableConfig(sharding=("column_wise",)))

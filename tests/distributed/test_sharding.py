@@ -53,12 +53,6 @@ def test_start_and_training_do_not_depend_on_ranks_or_plan(
     assert trained != pytest.approx(start, abs=1e-3)
 
 
-def test_more_ranks_than_rows(one_rank: Any) -> None:
-    case = ("row_wise", "rowwise_adagrad")
-    found = run_ranks(3, _scores_under_plans, [case])[2]
-    assert found[case][1] == pytest.approx(one_rank["table_wise", "rowwise_adagrad"][1], abs=1e-5)
-
-
 @pytest.fixture(scope="module")
 def job() -> Any:
     with start_runtime("cpu") as runtime:
