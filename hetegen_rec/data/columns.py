@@ -114,9 +114,9 @@ def timestamps(table: pa.Table, schema: Schema, where: str) -> npt.NDArray[np.in
     return times
 
 
-def require_columns(table: pa.Table, schema: Schema, where: str) -> None:
-    """Raises DataError unless the table has every column that the schema reads."""
-    for column, key in column_keys(schema).items():
+def require_columns(table: pa.Table, schema: Schema, where: str, *, labelled: bool = True) -> None:
+    """Raises DataError unless the table has every column that the schema reads (see `column_keys`)."""
+    for column, key in column_keys(schema, labelled=labelled).items():
         if column not in table.column_names:
             raise DataError(
                 f"{where}: no column {column!r} (`{key}`); there are: {', '.join(table.column_names)}"

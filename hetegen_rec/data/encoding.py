@@ -74,18 +74,19 @@ class Encoder:
         }
         return cls(schema, Statistics.load(prepared_dir), exact)
 
-    def encode(self, table: pa.Table, first_row: int, where: str) -> pa.Table:
+    def encode(self, table: pa.Table, first_row: int, where: str, *, labelled: bool = True) -> pa.Table:
         """Encodes the rows of a raw table.
 
         Args:
             table: the columns of `required_columns`; others are ignored.
             first_row: index of the first row in the split.
             where: file and row group, for errors.
+            labelled: False for rows to be scored only: label and timestamp are not read, and are 0.
 
         Raises:
             DataError: a column is missing or has the wrong type, or a label is not 0 or 1.
         """
-        require_columns(table, self._schema, where)
+        require_columns(table, self._schema, where, labelled=labelled)
         columns: dict[str, pa.Array] = {}
         context: dict[str, npt.NDArray[np.int64]] = {}
         for field in self._schema.fields:
@@ -93,10 +94,14 @@ class Encoder:
             self._require_type(field, found, where)
             columns[field.name] = _id_column(field, found, self._lookup(field, found.values))
             context.update(self._context(field, found))
-        columns["__label"] = pa.array(labels(table, self._schema, first_row, where))
+        clicks = (
+            labels(table, self._schema, first_row, where) if labelled else np.zeros(len(table), np.float32)
+        )
+        columns["__label"] = pa.array(clicks)
         columns["__row_id"] = pa.array(np.arange(first_row, first_row + len(table)))
         if self._schema.timestamp:
-            columns["__timestamp"] = pa.array(timestamps(table, self._schema, where))
+            times = timestamps(table, self._schema, where) if labelled else np.zeros(len(table), np.int64)
+            columns["__timestamp"] = pa.array(times)
         return pa.table({**columns, **{name: pa.array(values) for name, values in context.items()}})
 
     def _vocabulary(self, field: Field) -> Vocabulary:

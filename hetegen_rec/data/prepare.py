@@ -17,16 +17,16 @@ system of `data.prepared_dir`.
 import logging
 import pickle
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from hetegen_rec.config.run import RunConfig, Split
+from hetegen_rec.config.schema import Schema
 from hetegen_rec.data.accumulators import FieldAccumulator
 from hetegen_rec.data.encoding import VOCABULARY_DIR, Encoder, vocabulary_path
 from hetegen_rec.data.manifest import (
@@ -37,7 +37,9 @@ from hetegen_rec.data.manifest import (
     read_manifest,
     schema_fingerprint,
 )
+from hetegen_rec.data.parts import Parts
 from hetegen_rec.data.raw import (
+    ColumnKeys,
     DataError,
     RowGroup,
     check_columns,
@@ -57,9 +59,6 @@ from hetegen_rec.data.statistics import (
 from hetegen_rec.data.workers import Workers
 
 logger = logging.getLogger(__name__)
-
-GROUPS_PER_PART = 64
-"""Row groups of one encoded file."""
 
 Progress: TypeAlias = Callable[[str, int, int], None]
 """Told of rank 0's work: the phase, its rows done, its rows in all."""
@@ -113,6 +112,45 @@ def read_statistics(config: RunConfig) -> Statistics:
     return Statistics.load(config.data.prepared_dir)
 
 
+def encode_files(
+    config: RunConfig,
+    patterns: Sequence[str],
+    directory: Path,
+    workers: Workers,
+    progress: Progress = _silent,
+) -> None:
+    """Encodes raw files outside any split, to be scored: by what `prepare` learnt, labels not needed.
+
+    Args:
+        config: the run, prepared.
+        patterns: paths and globs of the files.
+        directory: where the encoded shards go, with the index of the row in the files as `__row_id`;
+            removed first.
+        workers: the processes that share the work; all must call.
+        progress: called on rank 0 as rows are done.
+
+    Raises:
+        DataError: the run is not prepared, or the files are not what the schema says.
+    """
+    with workers.together("finding the files"):
+        check_prepared(config)
+        paths = expand_paths(patterns)
+        if workers.rank == 0:
+            shutil.rmtree(directory, ignore_errors=True)
+            directory.mkdir(parents=True)
+    sizes = _group_sizes(paths, column_keys(config.features, labelled=False), workers)
+    groups = row_groups([(path, sizes[path]) for path in paths])
+    if not groups:
+        raise DataError(f"no rows in {', '.join(patterns)}; name files that hold rows")
+    with workers.together("encoding"):
+        encoder = Encoder.load(config.data.prepared_dir, config.features)
+        parts = Parts(directory, workers.rank, config.data.rows_per_group)
+        rows = _raw_tables(groups, config.features, workers, "encoding", progress, labelled=False)
+        for table, first_row, where in rows:
+            parts.add(encoder.encode(table, first_row, where, labelled=False))
+        parts.close()
+
+
 def _is_current(config: RunConfig, fingerprints: Fingerprints) -> bool:
     try:
         found = read_manifest(config.data.prepared_dir)
@@ -122,16 +160,12 @@ def _is_current(config: RunConfig, fingerprints: Fingerprints) -> bool:
 
 
 def _list_groups(config: RunConfig, files: Files, workers: Workers) -> Groups:
-    """The row groups of every split. Each rank reads its share of the footers."""
+    """The row groups of every split."""
     paths = sorted({path for paths in files.values() for path in paths})
-    sizes: dict[str, list[int]] = {}
-    with workers.together("reading the raw files' footers"):
-        for path in paths[workers.rank :: workers.world_size]:
+    with workers.together("checking the raw files"):
+        for path in paths:
             _check_mode(path, config)
-            check_columns(path, column_keys(config.features))
-            sizes[path] = group_sizes(path)
-    for others in workers.gather(sizes):
-        sizes.update(others)
+    sizes = _group_sizes(paths, column_keys(config.features), workers)
     groups = {split: row_groups([(path, sizes[path]) for path in files[split]]) for split in files}
     for split, found in groups.items():
         if not found:
@@ -140,6 +174,16 @@ def _list_groups(config: RunConfig, files: Files, workers: Workers) -> Groups:
                 f"name files that hold rows under `data.{split}`"
             )
     return groups
+
+
+def _group_sizes(paths: Sequence[str], columns: ColumnKeys, workers: Workers) -> dict[str, list[int]]:
+    """Rows of each row group of files that must have the columns. Each rank reads a share of the footers."""
+    sizes: dict[str, list[int]] = {}
+    with workers.together("reading the raw files' footers"):
+        for path in paths[workers.rank :: workers.world_size]:
+            check_columns(path, columns)
+            sizes[path] = group_sizes(path)
+    return {path: rows for part in workers.gather(sizes) for path, rows in part.items()}
 
 
 def _check_mode(path: str, config: RunConfig) -> None:
@@ -218,7 +262,7 @@ class _Preparation:
         """Counts this rank's training rows into files, one a table."""
         with self.workers.together("counting the training rows"):
             accumulator = Accumulator(self.config.features)
-            for table, first_row, where in self._raw_tables("train", "counting train"):
+            for table, first_row, where in self._raw_tables("train", "counting"):
                 accumulator.add(table, first_row, where)
             for owner in self.config.features.table_owners:
                 path = _counts_path(directory, owner.name, self.workers.rank)
@@ -258,70 +302,39 @@ class _Preparation:
             encoder = Encoder.load(directory, self.config.features)
             for split in self.groups:
                 (directory / split).mkdir(exist_ok=True)
-                parts = _Parts(directory / split, self.workers.rank, self.config.data.rows_per_group)
-                for table, first_row, where in self._raw_tables(split, f"encoding {split}"):
+                parts = Parts(directory / split, self.workers.rank, self.config.data.rows_per_group)
+                for table, first_row, where in self._raw_tables(split, "encoding"):
                     parts.add(encoder.encode(table, first_row, where))
                 parts.close()
 
     def _raw_tables(self, split: Split, phase: str) -> Iterator[tuple[pa.Table, int, str]]:
-        """This rank's rows: tables, the split's index of their first row, and their place."""
-        groups = _share(self.groups[split], self.workers)
-        total, done = _num_rows(groups), 0
-        if self.workers.rank == 0:
-            logger.info(
-                "%s: %d rows over %d rank(s)", phase, _num_rows(self.groups[split]), self.workers.world_size
-            )
-        for group in groups:
-            first_row = group.first_row
-            for table in iter_tables(group, self.config.features):
-                yield table, first_row, group.where
-                first_row += len(table)
-                done += len(table)
-                if self.workers.rank == 0:
-                    self.progress(phase, done, total)
+        return _raw_tables(
+            self.groups[split], self.config.features, self.workers, f"{phase} {split}", self.progress
+        )
 
 
-class _Parts:
-    """Encoded rows to files `part-RRRRR-NNNNN.parquet` with row groups of one size."""
-
-    def __init__(self, directory: Path, rank: int, rows_per_group: int) -> None:
-        self._directory = directory
-        self._rank = rank
-        self._rows_per_group = rows_per_group
-        self._waiting: list[pa.Table] = []
-        self._waiting_rows = 0
-        self._writer: pq.ParquetWriter | None = None
-        self._num_groups = 0
-
-    def add(self, table: pa.Table) -> None:
-        """Takes in rows; writes the row groups that are full."""
-        self._waiting.append(table)
-        self._waiting_rows += len(table)
-        if self._waiting_rows < self._rows_per_group:
-            return
-        rows = pa.concat_tables(self._waiting)
-        while len(rows) >= self._rows_per_group:
-            self._write(rows.slice(0, self._rows_per_group))
-            rows = rows.slice(self._rows_per_group)
-        self._waiting, self._waiting_rows = [rows], len(rows)
-
-    def close(self) -> None:
-        """Writes the rest."""
-        if self._waiting_rows:
-            self._write(pa.concat_tables(self._waiting))
-        if self._writer is not None:
-            self._writer.close()
-
-    def _write(self, rows: pa.Table) -> None:
-        part, group_in_part = divmod(self._num_groups, GROUPS_PER_PART)
-        if group_in_part == 0:
-            if self._writer is not None:
-                self._writer.close()
-            path = self._directory / f"part-{self._rank:05d}-{part:05d}.parquet"
-            self._writer = pq.ParquetWriter(path, rows.schema, compression="zstd")
-        assert self._writer is not None
-        self._writer.write_table(rows, row_group_size=self._rows_per_group)
-        self._num_groups += 1
+def _raw_tables(
+    groups: list[RowGroup],
+    schema: Schema,
+    workers: Workers,
+    phase: str,
+    progress: Progress,
+    *,
+    labelled: bool = True,
+) -> Iterator[tuple[pa.Table, int, str]]:
+    """This rank's share of the rows: tables, the index of their first row among all, and their place."""
+    share = _share(groups, workers)
+    total, done = _num_rows(share), 0
+    if workers.rank == 0:
+        logger.info("%s: %d rows over %d rank(s)", phase, _num_rows(groups), workers.world_size)
+    for group in share:
+        first_row = group.first_row
+        for table in iter_tables(group, schema, labelled=labelled):
+            yield table, first_row, group.where
+            first_row += len(table)
+            done += len(table)
+            if workers.rank == 0:
+                progress(phase, done, total)
 
 
 def _share(groups: list[RowGroup], workers: Workers) -> list[RowGroup]:

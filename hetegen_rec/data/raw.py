@@ -107,10 +107,13 @@ def list_row_groups(patterns: Sequence[str]) -> list[RowGroup]:
     return row_groups([(path, group_sizes(path)) for path in expand_paths(patterns)])
 
 
-def column_keys(schema: Schema) -> dict[str, str]:
-    """The raw columns that a schema reads, each with the configuration key that names it."""
-    keys = {schema.label: "features.label"}
-    if schema.timestamp:
+def column_keys(schema: Schema, *, labelled: bool = True) -> dict[str, str]:
+    """The raw columns that a schema reads, each with the configuration key that names it.
+
+    Those of `labelled` rows are for training and evaluation; others need neither label nor timestamp.
+    """
+    keys = {schema.label: "features.label"} if labelled else {}
+    if schema.timestamp and labelled:
         keys.setdefault(schema.timestamp, "features.timestamp")
     for field in schema.fields:
         keys.setdefault(field.column, f"features.fields, `column` of {field.name!r}")
@@ -139,13 +142,13 @@ def read_row_group(group: RowGroup, columns: Sequence[str] | ColumnKeys) -> pa.T
         return file.read_row_group(group.index, columns=list(columns), use_threads=False)
 
 
-def iter_tables(group: RowGroup, schema: Schema) -> Iterator[pa.Table]:
-    """Streams the columns of a schema in tables of bounded size, in order of rows.
+def iter_tables(group: RowGroup, schema: Schema, *, labelled: bool = True) -> Iterator[pa.Table]:
+    """Streams the columns of a schema (see `column_keys`) in tables of bounded size, in order of rows.
 
     Raises:
         DataError: a column is missing, the file is damaged, or a CSV cell is not of its type.
     """
-    columns = column_keys(schema)
+    columns = column_keys(schema, labelled=labelled)
     if is_csv(group.path):
         yield from _csv_tables(group.path, schema, columns)
         return

@@ -158,7 +158,7 @@ def test_equal_raw_values_get_equal_ids_in_all_splits(raw) -> None:
 
 
 def test_row_groups_have_the_configured_size_and_files_a_bounded_number(raw, monkeypatch) -> None:
-    monkeypatch.setattr("hetegen_rec.data.prepare.GROUPS_PER_PART", 3)
+    monkeypatch.setattr("hetegen_rec.data.parts.GROUPS_PER_PART", 3)
     prepare(config_for(raw), Alone())
     parts = sorted((raw / "prepared" / "train").iterdir())
     assert [path.name for path in parts] == [f"part-00000-0000{i}.parquet" for i in range(3)]

@@ -1,0 +1,52 @@
+"""Encoded rows as the files of one rank, in row groups of one size."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+GROUPS_PER_PART = 64
+"""Row groups of one encoded file."""
+
+
+class Parts:
+    """Encoded rows to files `part-RRRRR-NNNNN.parquet` with row groups of one size."""
+
+    def __init__(self, directory: Path, rank: int, rows_per_group: int) -> None:
+        self._directory = directory
+        self._rank = rank
+        self._rows_per_group = rows_per_group
+        self._waiting: list[pa.Table] = []
+        self._waiting_rows = 0
+        self._writer: pq.ParquetWriter | None = None
+        self._num_groups = 0
+
+    def add(self, table: pa.Table) -> None:
+        """Takes in rows; writes the row groups that are full."""
+        self._waiting.append(table)
+        self._waiting_rows += len(table)
+        if self._waiting_rows < self._rows_per_group:
+            return
+        rows = pa.concat_tables(self._waiting)
+        while len(rows) >= self._rows_per_group:
+            self._write(rows.slice(0, self._rows_per_group))
+            rows = rows.slice(self._rows_per_group)
+        self._waiting, self._waiting_rows = [rows], len(rows)
+
+    def close(self) -> None:
+        """Writes the rest."""
+        if self._waiting_rows:
+            self._write(pa.concat_tables(self._waiting))
+        if self._writer is not None:
+            self._writer.close()
+
+    def _write(self, rows: pa.Table) -> None:
+        part, group_in_part = divmod(self._num_groups, GROUPS_PER_PART)
+        if group_in_part == 0:
+            if self._writer is not None:
+                self._writer.close()
+            path = self._directory / f"part-{self._rank:05d}-{part:05d}.parquet"
+            self._writer = pq.ParquetWriter(path, rows.schema, compression="zstd")
+        assert self._writer is not None
+        self._writer.write_table(rows, row_group_size=self._rows_per_group)
+        self._num_groups += 1
