@@ -36,8 +36,15 @@ _LAUNCHER_VARIABLES = (
 )
 
 
+_FAILURE = "hetegen_rec/failure"  # key in the job's store: ranks that told of a failure
+
+
 class DistributedError(RuntimeError):
-    """Another rank failed, or the launcher's environment is incomplete."""
+    """The job cannot start or go on. The message says why."""
+
+
+class PeerFailedError(DistributedError):
+    """Another rank failed and tells of it itself; this one only stops."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +95,7 @@ class Runtime:
             what: the work, for the message on the other ranks, such as "writing the encoded shards".
 
         Raises:
-            DistributedError: on the ranks that did not fail, naming the first that did.
+            PeerFailedError: on the ranks that did not fail, naming the first that did.
         """
         failure: Exception | None = None
         try:
@@ -100,7 +107,25 @@ class Runtime:
             raise failure
         for rank, report in enumerate(reports):
             if report is not None:
-                raise DistributedError(f"{what} failed on rank {rank}: {report}")
+                raise PeerFailedError(f"{what} failed on rank {rank}: {report}")
+
+    def is_first_to_fail(self) -> bool:
+        """Notes in the job's store that this rank failed; returns whether no other did before.
+
+        No collective: the others may be anywhere. So of many ranks that meet one problem, one tells.
+        """
+        return self._count_failures(1) <= 1
+
+    def has_failed_peer(self) -> bool:
+        """Whether any rank noted that it failed; what breaks here then, only follows from it."""
+        return self._count_failures(0) > 0
+
+    def _count_failures(self, new: int) -> int:
+        try:
+            store = dist.distributed_c10d._get_default_store()
+            return int(store.add(_FAILURE, new))
+        except RuntimeError:  # the store went with the process that held it
+            return 0
 
 
 @contextmanager
@@ -123,7 +148,7 @@ def start_runtime(
     if dist.is_initialized():
         raise DistributedError("a process group is running already; start one runtime a process")
     place = _read_place()
-    chosen = _choose_device(device, place["LOCAL_RANK"])
+    chosen = _choose_device(device, place["LOCAL_RANK"], place["LOCAL_WORLD_SIZE"])
     _share_cores(place["LOCAL_WORLD_SIZE"])
     timeout = timedelta(seconds=timeout_seconds)
     _join(place, "nccl" if chosen.type == "cuda" else "gloo", timeout)
@@ -141,10 +166,20 @@ def start_runtime(
         time.sleep(_SETTLE_SECONDS)
 
 
+def is_launched() -> bool:
+    """Whether a launcher such as torchrun started this process as one of a job."""
+    return "RANK" in os.environ
+
+
+def leads_host() -> bool:
+    """Whether this is the first process of the job on its host, also before the job has met."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def _read_place() -> dict[str, int]:
     """This process's place in the job, from the launcher's variables; alone without a launcher."""
     names = _LAUNCHER_VARIABLES[:4]
-    if "RANK" not in os.environ:
+    if not is_launched():
         return dict(zip(names, (0, 1, 0, 1), strict=True))
     missing = [name for name in _LAUNCHER_VARIABLES if name not in os.environ]
     if missing:
@@ -155,7 +190,9 @@ def _read_place() -> dict[str, int]:
     return {name: int(os.environ[name]) for name in names}
 
 
-def _choose_device(wanted: Literal["auto", "cpu", "cuda"], local_rank: int) -> torch.device:
+def _choose_device(
+    wanted: Literal["auto", "cpu", "cuda"], local_rank: int, local_world_size: int
+) -> torch.device:
     available = torch.cuda.is_available()
     if wanted == "cpu" or (wanted == "auto" and not available):
         return torch.device("cpu")
@@ -165,10 +202,10 @@ def _choose_device(wanted: Literal["auto", "cpu", "cuda"], local_rank: int) -> t
             "install the CUDA requirements and a driver"
         )
     count = torch.cuda.device_count()
-    if local_rank >= count:
+    if local_world_size > count:
         raise ConfigError(
-            f"distributed.device: {wanted}, but local rank {local_rank} has no CUDA device: this host has "
-            f"{count}; start at most {count} processes on it"
+            f"distributed.device: {wanted}, but {local_world_size} processes share the {count} CUDA "
+            f"device(s) of this host; start at most {count} on it"
         )
     chosen = torch.device("cuda", local_rank)
     torch.cuda.set_device(chosen)
@@ -183,7 +220,7 @@ def _share_cores(local_world_size: int) -> None:
 
 
 def _join(place: dict[str, int], backend: str, timeout: timedelta) -> None:
-    if "RANK" in os.environ:
+    if is_launched():
         dist.init_process_group(backend, timeout=timeout)
     else:  # A store inside the process needs no port, so any number of lone jobs share a machine.
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)

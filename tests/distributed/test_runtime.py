@@ -37,7 +37,7 @@ def test_ranks_agree_and_a_failure_of_one_is_raised_on_all() -> None:
     assert first["gathered"] == second["gathered"] == [{"rank": 0}, {"rank": 1}]
     assert first["broadcast"] == second["broadcast"] == "from 0"
     assert second["error"] == "KeyError: 'row group 7'"
-    assert first["error"] == "DistributedError: reading footers failed on rank 1: KeyError: 'row group 7'"
+    assert first["error"] == "PeerFailedError: reading footers failed on rank 1: KeyError: 'row group 7'"
     assert first["alive"]
     assert second["alive"]
 
