@@ -1,25 +1,32 @@
 """`hetegen VERB --config FILE key=value ...`: every verb of the project as one command."""
 
 import argparse
-import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rich.logging import RichHandler
-
+from hetegen_rec import jobs
 from hetegen_rec.config.errors import ConfigError
 from hetegen_rec.config.loading import load_config
 from hetegen_rec.data.raw import DataError
 from hetegen_rec.data.sources import SourceError
 from hetegen_rec.distributed.planning import PlanningError
-from hetegen_rec.distributed.runtime import DistributedError, Runtime, start_runtime
+from hetegen_rec.distributed.runtime import (
+    DistributedError,
+    PeerFailedError,
+    is_launched,
+    leads_host,
+    start_runtime,
+)
 from hetegen_rec.evaluation.errors import EvaluationError
-from hetegen_rec.jobs import Job, demo, evaluate, predict, prepare_data, report, train
+from hetegen_rec.jobs import Job
 from hetegen_rec.launching.relaunch import relaunch
+from hetegen_rec.terminal import quiet_libraries, show_log
 from hetegen_rec.training.checkpoint import CheckpointError
 
 DEFAULT_CONFIG = "configs/movielens_100k.yaml"
+FAILED = 2
+"""Exit code after an error that the person can mend."""
 
 USER_ERRORS = (
     CheckpointError,
@@ -35,26 +42,34 @@ USER_ERRORS = (
 Verb = Callable[[Job], None]
 
 VERBS: dict[str, tuple[Verb, str]] = {
-    "prepare": (prepare_data, "count and encode raw data into shards of integer ids"),
-    "pretrain": (train("pretrain"), "generative pre-training by discrete diffusion"),
-    "finetune": (train("finetune"), "click training from the pre-trained model"),
-    "joint": (train("joint"), "clicks and reconstruction in one stage"),
-    "scratch": (train("scratch"), "the baseline: click training of the same network from nothing"),
-    "evaluate": (evaluate, "AUC, LogLoss, GAUC, calibration and slices of a trained stage"),
-    "predict": (predict, "write the click probability of every row to Parquet"),
-    "report": (report, "collect what a run directory holds into report.html"),
-    "demo": (demo, "pre-train, fine-tune, compare with from-scratch, report"),
+    "prepare": (jobs.prepare_data, "count and encode raw data into shards of integer ids"),
+    "pretrain": (jobs.train("pretrain"), "generative pre-training by discrete diffusion"),
+    "finetune": (jobs.train("finetune"), "click training from the pre-trained model"),
+    "joint": (jobs.train("joint"), "clicks and reconstruction in one stage"),
+    "scratch": (jobs.train("scratch"), "the baseline: click training of the same network from nothing"),
+    "evaluate": (jobs.evaluate, "AUC, LogLoss, GAUC, calibration and slices of a trained stage"),
+    "predict": (jobs.predict, "write the click probability of every row to Parquet"),
+    "report": (jobs.report, "collect what a run directory holds into report.html"),
+    "demo": (jobs.demo, "pre-train, fine-tune, compare with from-scratch, report"),
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the command; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="hetegen", description=__doc__)
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for name, (_, text) in VERBS.items():
-        _add_options(verbs.add_parser(name, help=text, description=text))
-    options = parser.parse_args(arguments)
-    return _run(options)
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    verb = _parse_verb(given[:1])
+    parser = _parser_of(verb)
+    # Overrides may stand anywhere among the options, and behind a `--`.
+    options = parser.parse_intermixed_args([word for word in given[1:] if word != "--"])
+    if options.ranks > 1:
+        if is_launched():
+            parser.error("--ranks starts processes itself; leave it out under torchrun and torchx")
+        return relaunch("hetegen_rec.cli", options.ranks, [*given, "--ranks", "1"])
+    quiet_libraries()
+    try:
+        return _run(verb, options)
+    except KeyboardInterrupt:
+        return 130
 
 
 def launch(verb: str) -> None:
@@ -62,49 +77,102 @@ def launch(verb: str) -> None:
     sys.exit(main([verb, *sys.argv[1:]]))
 
 
-def _add_options(parser: argparse.ArgumentParser) -> None:
+def _parse_verb(arguments: Sequence[str]) -> str:
+    lines = [f"  {name:10}{text}" for name, (_, text) in VERBS.items()]
+    parser = argparse.ArgumentParser(
+        prog="hetegen",
+        usage="hetegen VERB [options] [key=value ...]",
+        description=__doc__,
+        epilog="\n".join(["verbs:", *lines, "", "`hetegen VERB --help` lists its options."]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("verb", choices=VERBS, metavar="VERB", help="what to do")
+    verb: str = parser.parse_args(arguments).verb
+    return verb
+
+
+def _parser_of(verb: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"hetegen {verb}", description=VERBS[verb][1])
     parser.add_argument("--config", default=DEFAULT_CONFIG, help=f"YAML file (default {DEFAULT_CONFIG})")
     parser.add_argument(
-        "--ranks", type=int, default=0, help="start this many processes on this machine (default: one)"
+        "--ranks", type=int, default=1, help="processes to start on this machine (default: one)"
     )
-    parser.add_argument("--stage", choices=["pretrain", "finetune", "joint", "scratch"])
-    parser.add_argument("--checkpoint", help="a checkpoint's directory (default: the stage's best)")
-    parser.add_argument("--split", choices=["train", "valid", "test"], default="test")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.max_steps=4")
+    parser.set_defaults(stage=None, checkpoint=None, split="test", input=[], output=None)
+    if verb in ("evaluate", "predict"):
+        _add_model_options(parser)
+    if verb == "predict":
+        _add_row_options(parser)
+    return parser
 
 
-def _run(options: argparse.Namespace) -> int:
-    if options.ranks > 1:
-        relaunch("hetegen_rec.cli", options.ranks, _arguments_of_one_rank(options))
-    if not Path(options.config).exists() and options.config == DEFAULT_CONFIG:
-        print(f"error: {DEFAULT_CONFIG} is not here; name a configuration with --config", file=sys.stderr)
-        return 2
-    verb = VERBS[options.verb][0]
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--stage",
+        choices=["pretrain", "finetune", "joint", "scratch"],
+        help="whose model to use (default: the first that is trained, of finetune, joint, scratch)",
+    )
+    parser.add_argument(
+        "--checkpoint", metavar="DIR", help="one of its `step-N` directories (default: its best)"
+    )
+
+
+def _add_row_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--split", choices=["train", "valid", "test"], default="test", help="rows to score (default: test)"
+    )
+    parser.add_argument(
+        "--input",
+        action="append",
+        metavar="PATH",
+        help="raw files to score instead: a path or a quoted glob, may be repeated; labels are not needed",
+    )
+    parser.add_argument(
+        "--output", metavar="DIR", help="new directory for the scores (default: in the run's)"
+    )
+
+
+def _run(verb: str, options: argparse.Namespace) -> int:
     try:
+        if options.config == DEFAULT_CONFIG and not Path(DEFAULT_CONFIG).exists():
+            raise ConfigError(f"{DEFAULT_CONFIG} is not here; name a configuration with --config")
         config = load_config(options.config, options.overrides)
         with start_runtime(config.distributed.device, config.distributed.timeout_seconds) as runtime:
-            _start_logging(runtime)
-            verb(Job(config, runtime, options.stage, options.checkpoint, options.split))
+            job = Job(
+                config,
+                runtime,
+                options.stage,
+                options.checkpoint,
+                options.split,
+                options.input,
+                options.output,
+            )
+            with show_log(runtime.rank):
+                return _run_job(VERBS[verb][0], job)
+    except USER_ERRORS as error:  # before the ranks have met, so all of a host meet the same
+        if leads_host():
+            _tell(error)
+        return FAILED
+
+
+def _run_job(verb: Verb, job: Job) -> int:
+    try:
+        verb(job)
+    except PeerFailedError:
+        return FAILED
     except USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        if job.runtime.is_first_to_fail():
+            _tell(error)
+        return FAILED
+    except RuntimeError:
+        if job.runtime.has_failed_peer():  # a collective broke off because the peer left it
+            return FAILED
+        raise
     return 0
 
 
-def _arguments_of_one_rank(options: argparse.Namespace) -> list[str]:
-    arguments = [options.verb, "--config", options.config, "--split", options.split]
-    for name in ("stage", "checkpoint"):
-        if getattr(options, name):
-            arguments += [f"--{name}", getattr(options, name)]
-    return [*arguments, *options.overrides]
-
-
-def _start_logging(runtime: Runtime) -> None:
-    """Rank 0 speaks; the others only of trouble."""
-    level = logging.INFO if runtime.is_main else logging.WARNING
-    handler = RichHandler(show_path=False, show_level=False, log_time_format="%H:%M:%S")
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
-    logging.getLogger("hetegen_rec").setLevel(level)
+def _tell(error: Exception) -> None:
+    print(f"error: {error}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -2,18 +2,17 @@
 
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-from rich.console import Console
-
+from hetegen_rec import terminal
 from hetegen_rec.config.errors import ConfigError
 from hetegen_rec.config.run import RunConfig, Split, Stage
+from hetegen_rec.data.prepare import encode_files
+from hetegen_rec.data.reader import Reader
 from hetegen_rec.data.statistics import Statistics
 from hetegen_rec.distributed.runtime import Runtime
 from hetegen_rec.evaluation.predictions import Predictions
@@ -21,8 +20,9 @@ from hetegen_rec.evaluation.report import write_report
 from hetegen_rec.evaluation.results import write_evaluation
 from hetegen_rec.evaluation.tables import results_tables
 from hetegen_rec.training import stages
-from hetegen_rec.training.scoring import measure, score_rows
-from hetegen_rec.training.setup import build_sharded, open_split
+from hetegen_rec.training.progress import RowsProgress
+from hetegen_rec.training.scoring import measure, score_rows, write_predictions
+from hetegen_rec.training.setup import build_sharded, open_encoded, open_split
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,11 @@ class Job:
     checkpoint: str | None = None
     """A checkpoint's directory; default: the stage's best, or its newest."""
     split: Split = "test"
-    """The split to predict."""
+    """The split to predict, where `inputs` names no files."""
+    inputs: Sequence[str] = ()
+    """Raw files to predict instead of a split: paths and globs. They need no label."""
+    output: str | None = None
+    """Where predictions go; default: beside the stage's checkpoints."""
 
 
 def prepare_data(job: Job) -> None:
@@ -52,48 +56,42 @@ def train(stage: Stage) -> Callable[[Job], None]:
     """The verb that trains one stage and, where it scores clicks, evaluates it."""
 
     def verb(job: Job) -> None:
-        stages.run_stage(job.config, stage, job.runtime)
-        if stage in _CLICK_STAGES:
-            evaluate(replace(job, stage=stage, checkpoint=None))
-        elif job.runtime.is_main:
-            write_report(job.config.run_dir)
+        _train(job, stage)
+        _show_results(job)
 
     return verb
 
 
 def evaluate(job: Job) -> None:
     """Scores the validation and test rows with one stage's best checkpoint; writes and shows it."""
-    trained = _load_trained(job)
-    directory = job.config.stage_dir(trained.stage)
-    results: dict[str, dict[str, Any]] = {}
-    temperature = None
-    for split in job.config.splits():
-        if split == "train":
-            continue
-        predictions = trained.score(split)
-        results[split] = measure(predictions, job.config, trained.statistics, job.runtime, temperature)
-        if split == "valid":
-            temperature = results[split]["temperature"]
-        _write_predictions(predictions, directory / "predictions" / split, job.runtime)
-    if job.runtime.is_main:
-        _show_evaluation(trained, results)
+    _evaluate(job)
+    _show_results(job)
 
 
 def predict(job: Job) -> None:
-    """Writes row id and click probability of every row of a split."""
-    if job.split not in job.config.splits():
+    """Writes row id and click probability of every row of a split, or of raw files."""
+    if not job.inputs and job.split not in job.config.splits():
         raise ConfigError(f"data.{job.split} names no files, so there is nothing to predict")
     trained = _load_trained(job)
-    directory = job.config.stage_dir(trained.stage) / "predictions" / job.split
-    _write_predictions(trained.score(job.split), directory, job.runtime)
+    directory = trained.directory / "predictions" / (job.split if not job.inputs else "input")
+    if job.output is not None:
+        directory = Path(job.output)
+        with job.runtime.together("checking the output"):
+            _refuse_filled(directory)
+    if job.inputs:
+        with _encoded(job, directory) as encoded:
+            reader = open_encoded(job.config, encoded, trained.statistics, job.runtime)
+            write_predictions(trained.score(reader), directory, job.runtime, labelled=False)
+    else:
+        write_predictions(trained.score_split(job.split), directory, job.runtime)
     if job.runtime.is_main:
-        Console().print(f"predictions of {job.split}: {directory}")
+        terminal.results().print(f"predictions: {directory}")
 
 
 def report(job: Job) -> None:
     """Collects what the run directory holds into report.html."""
     if job.runtime.is_main:
-        Console().print(f"report: {write_report(job.config.run_dir)}")
+        terminal.results().print(f"report: {write_report(job.config.run_dir).resolve()}")
 
 
 def demo(job: Job) -> None:
@@ -103,11 +101,45 @@ def demo(job: Job) -> None:
         if job.runtime.broadcast(stages.is_done(job.config, stage)):
             logger.info("%s is done already in %s", stage, job.config.stage_dir(stage))
             continue
-        train(stage)(job)
+        _train(job, stage)
+    _show_results(job)
+
+
+def _train(job: Job, stage: Stage) -> None:
+    stages.run_stage(job.config, stage, job.runtime)
+    if stage in _CLICK_STAGES:
+        _evaluate(replace(job, stage=stage, checkpoint=None))
+
+
+def _evaluate(job: Job) -> None:
+    trained = _load_trained(job)
+    results: dict[str, dict[str, Any]] = {}
+    temperature = None
+    for split in job.config.splits():
+        if split == "train":
+            continue
+        predictions = trained.score_split(split)
+        results[split] = measure(predictions, job.config, trained.statistics, job.runtime, temperature)
+        if split == "valid":
+            temperature = results[split]["temperature"]
+        write_predictions(predictions, trained.directory / "predictions" / split, job.runtime)
     if job.runtime.is_main:
-        console = Console()
-        console.print(results_tables(job.config.run_dir))
-        console.print(f"report: {write_report(job.config.run_dir).resolve()}")
+        write_evaluation(
+            trained.directory,
+            {
+                "run": job.config.name,
+                "stage": trained.stage,
+                "checkpoint": str(trained.checkpoint),
+                "step": trained.step,
+                "splits": results,
+            },
+        )
+
+
+def _show_results(job: Job) -> None:
+    if job.runtime.is_main:
+        terminal.results().print(results_tables(job.config.run_dir))
+        report(job)
 
 
 @dataclass
@@ -122,22 +154,30 @@ class Trained:
     model: Any
     statistics: Statistics
 
-    def score(self, split: Split) -> Predictions:
-        """This rank's share of a split, scored."""
-        reader = open_split(self.config, split, self.statistics, self.runtime)
+    @property
+    def directory(self) -> Path:
+        """The stage's directory."""
+        return self.config.stage_dir(self.stage)
+
+    def score(self, reader: Reader) -> Predictions:
+        """This rank's share of a reader's rows, scored."""
         return score_rows(self.model, reader, self.runtime)
+
+    def score_split(self, split: Split) -> Predictions:
+        """This rank's share of a split, scored."""
+        return self.score(open_split(self.config, split, self.statistics, self.runtime))
 
 
 def _load_trained(job: Job) -> Trained:
     config, runtime = job.config, job.runtime
     stage = job.stage or _first_trained(config)
-    checkpoints = stages.open_checkpoints(config, stage, runtime)
+    statistics = stages.prepare_data(config, runtime)
+    checkpoints = stages.open_checkpoints(config, stage, statistics, runtime)
     path = Path(job.checkpoint) if job.checkpoint else checkpoints.best() or checkpoints.latest()
     if path is None:
         raise ConfigError(
             f"{config.stage_dir(stage)} holds no checkpoint; train that stage first: `hetegen {stage}`"
         )
-    statistics = stages.prepare_data(config, runtime)
     model = build_sharded(config, stage, statistics, runtime)
     info = checkpoints.load(path, model.dmp)
     return Trained(config, runtime, stage, path, info.step, model.dmp, statistics)
@@ -152,37 +192,20 @@ def _first_trained(config: RunConfig) -> Stage:
     )
 
 
-def _write_predictions(predictions: Predictions, directory: Path, runtime: Runtime) -> None:
-    """One Parquet file a rank: row_id, probability, label, and user_key where there is one."""
-    with runtime.together(f"clearing {directory}"):
-        if runtime.is_main:
+def _refuse_filled(directory: Path) -> None:
+    """The directory of the caller's choice may hold anything, so nothing there is replaced."""
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ConfigError(f"--output {directory}: exists already; name a new directory, or remove it")
+
+
+@contextmanager
+def _encoded(job: Job, output: Path) -> Iterator[Path]:
+    """A directory beside the output that holds the job's input files encoded, while they are scored."""
+    directory = output.with_name(f".{output.name}.encoded")
+    try:
+        with RowsProgress(enabled=job.runtime.is_main) as progress:
+            encode_files(job.config, job.inputs, directory, job.runtime, progress)
+        yield directory
+    finally:
+        if job.runtime.is_main:
             shutil.rmtree(directory, ignore_errors=True)
-            directory.mkdir(parents=True)
-    rows = predictions.rows
-    columns: dict[str, Any] = {
-        "row_id": rows.row_ids,
-        "probability": rows.probabilities.astype(np.float32),
-        "label": rows.labels.astype(np.int8),
-    }
-    if "user_key" in rows.context:
-        columns["user_key"] = rows.context["user_key"]
-    with runtime.together(f"writing {directory}"):
-        path = directory / f"part-{runtime.rank:05d}.parquet"
-        pq.write_table(pa.table(columns), path, compression="zstd")
-
-
-def _show_evaluation(trained: Trained, results: dict[str, dict[str, Any]]) -> None:
-    config = trained.config
-    directory = config.stage_dir(trained.stage)
-    write_evaluation(
-        directory,
-        {
-            "run": config.name,
-            "stage": trained.stage,
-            "checkpoint": str(trained.checkpoint),
-            "step": trained.step,
-            "splits": results,
-        },
-    )
-    Console().print(results_tables(config.run_dir))
-    write_report(config.run_dir)

@@ -1,17 +1,12 @@
-"""What a run shows: log.jsonl and TensorBoard curves on disk, a progress bar for the person."""
+"""What a stage writes down as it trains: log.jsonl and TensorBoard curves."""
 
 import json
-import logging
 import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard.writer import SummaryWriter
-
-logger = logging.getLogger(__name__)
 
 
 class RunLog:
@@ -71,62 +66,3 @@ def _flatten(values: dict[str, Any], prefix: str) -> list[tuple[str, float]]:
         elif isinstance(value, int | float):
             curves.append((f"{prefix}/{key}", float(value)))
     return curves
-
-
-class StageProgress:
-    """Progress bar of a stage on rank 0: steps, samples/s, loss, time left.
-
-    Where the output is no terminal (a log file, torchx), a line is logged now and then instead.
-    """
-
-    SECONDS_BETWEEN_LINES = 15.0
-
-    def __init__(self, title: str, total_steps: int, *, enabled: bool) -> None:
-        self._title, self._total, self._enabled = title, total_steps, enabled
-        self._last_line = time.monotonic()
-        self._bar = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]:>9,.0f} samples/s"),
-            TextColumn("loss {task.fields[loss]:.4f}"),
-            TextColumn("{task.fields[note]}"),
-            TimeRemainingColumn(),
-            console=Console(),
-            disable=not enabled or not Console().is_terminal,
-        )
-        self._task = self._bar.add_task(title, total=total_steps, rate=0.0, loss=0.0, note="")
-
-    def advance(self) -> None:
-        """One more step."""
-        self._bar.advance(self._task)
-
-    def show(self, step: int, rate: float, loss: float) -> None:
-        """Fresh numbers."""
-        self._bar.update(self._task, rate=rate, loss=loss)
-        now = time.monotonic()
-        if not self._bar.disable or not self._enabled:
-            return
-        if step == self._total or now - self._last_line >= self.SECONDS_BETWEEN_LINES:
-            self._last_line = now
-            template = "%s: step %d of %d, %s samples/s, loss %.4f"
-            logger.info(template, self._title, step, self._total, f"{rate:,.0f}", loss)
-
-    def note(self, text: str) -> None:
-        """A word beside the bar, or a line of the log."""
-        self._bar.update(self._task, note=text)
-        if self._enabled and self._bar.disable:
-            logger.info("%s: %s", self._title, text)
-
-    def __enter__(self) -> "StageProgress":
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Leaves the bar as it stands."""
-        self._bar.stop()

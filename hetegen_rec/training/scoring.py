@@ -1,7 +1,12 @@
-"""Scoring rows with a sharded model, exactly once each."""
+"""Scoring rows with a sharded model, exactly once each; measuring and writing the scores."""
 
+import shutil
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from torchrec.distributed import DistributedModelParallel
 
@@ -46,3 +51,39 @@ def measure(
         threshold = head_threshold(counts, config.evaluation.head_share)
     group = runtime.host_group if runtime.world_size > 1 else None
     return evaluate_predictions(predictions, group, config.evaluation, threshold, temperature)
+
+
+def write_predictions(
+    predictions: Predictions, directory: Path, runtime: Runtime, *, labelled: bool = True
+) -> None:
+    """Writes one Parquet file a rank: row_id, probability, label, and user_key where there is one.
+
+    The directory appears whole, in place of an earlier one, or not at all. A collective.
+
+    Args:
+        predictions: this rank's share.
+        directory: on a file system that all ranks share.
+        runtime: this process's view of the job.
+        labelled: whether the rows came with labels.
+    """
+    partial = directory.with_name(f".{directory.name}.partial")
+    with runtime.together(f"making {partial}"):
+        if runtime.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+    with runtime.together(f"writing {partial}"):
+        rows = predictions.rows
+        columns: dict[str, Any] = {
+            "row_id": rows.row_ids,
+            "probability": rows.probabilities.astype(np.float32),
+        }
+        if labelled:
+            columns["label"] = rows.labels.astype(np.int8)
+        if "user_key" in rows.context:
+            columns["user_key"] = rows.context["user_key"]
+        path = partial / f"part-{runtime.rank:05d}.parquet"
+        pq.write_table(pa.table(columns), path, compression="zstd")
+    with runtime.together(f"finishing {directory}"):
+        if runtime.is_main:
+            shutil.rmtree(directory, ignore_errors=True)
+            partial.rename(directory)

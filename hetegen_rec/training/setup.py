@@ -2,12 +2,16 @@
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 
+import torch
 from rich.table import Table
 from torchrec.distributed import DistributedModelParallel
 
 from hetegen_rec.config.run import RunConfig, Split, Stage
+from hetegen_rec.data.batching import Batcher
 from hetegen_rec.data.encoding import Encoder
+from hetegen_rec.data.raw import list_row_groups
 from hetegen_rec.data.reader import Reader, open_reader
 from hetegen_rec.data.statistics import Statistics
 from hetegen_rec.distributed.optimizers import attach_table_optimizer
@@ -54,6 +58,8 @@ def build_sharded(config: RunConfig, stage: Stage, statistics: Statistics, runti
     network = model.network.to(runtime.device)
     dmp = shard_model(model, plan, runtime, config.distributed)
     init_tables(dmp, config.seed, config.model.init_std)
+    # Sharding draws random numbers too; dropout must not depend on the plan, and must differ by rank.
+    torch.manual_seed(config.seed + runtime.rank)
     return ShardedModel(dmp, network, planned)
 
 
@@ -81,6 +87,26 @@ def open_split(
         seed=config.seed,
         oov_dropout=config.stage(stage).oov_dropout if stage is not None else 0.0,
         encoder=encoder,
+    )
+
+
+def open_encoded(config: RunConfig, directory: Path, statistics: Statistics, runtime: Runtime) -> Reader:
+    """The reader of encoded rows from outside the prepared data, to score every one once."""
+    batcher = Batcher(config.features, statistics)
+    ranks = runtime.world_size
+    return Reader(
+        list_row_groups([f"{directory}/*.parquet"]),
+        batcher,
+        rank=runtime.rank,
+        world_size=ranks,
+        batch_size=-(-config.train.eval_batch_size // ranks) * ranks,
+        num_lanes=ranks,
+        seed=config.seed,
+        shuffle=False,
+        shuffle_rows=config.data.shuffle_rows,
+        prefetch_batches=config.data.prefetch_batches,
+        pad=True,
+        columns=batcher.encoded_schema.names,
     )
 
 

@@ -6,18 +6,19 @@ import shutil
 import time
 from pathlib import Path
 
-from rich.console import Console
-
+from hetegen_rec import terminal
 from hetegen_rec.config.errors import ConfigError
 from hetegen_rec.config.loading import load_config, save_config
 from hetegen_rec.config.run import RunConfig, Stage
-from hetegen_rec.data.prepare import prepare, read_statistics
+from hetegen_rec.data.prepare import prepare
+from hetegen_rec.data.row_plan import lanes_of
 from hetegen_rec.data.sources import fetch_source
 from hetegen_rec.data.statistics import Statistics
 from hetegen_rec.distributed.optimizers import make_optimizer
 from hetegen_rec.distributed.runtime import Runtime
 from hetegen_rec.training.checkpoint import Checkpoints, schema_fingerprint
 from hetegen_rec.training.logs import RunLog
+from hetegen_rec.training.progress import RowsProgress
 from hetegen_rec.training.setup import build_sharded, open_split, plan_table
 from hetegen_rec.training.trainer import Trainer
 
@@ -32,29 +33,27 @@ def prepare_data(config: RunConfig, runtime: Runtime) -> Statistics:
     with runtime.together("fetching the data set"):
         if config.data.source and runtime.is_main:
             fetch_source(config.data.source, str(config.data.raw_dir))
-    prepare(config, runtime)
-    return read_statistics(config)
+    with RowsProgress(enabled=runtime.is_main) as progress:
+        return prepare(config, runtime, progress)
 
 
 def run_stage(config: RunConfig, stage: Stage, runtime: Runtime) -> None:
     """Trains one stage from the start; what an earlier attempt left in its directory is replaced.
 
-    `finetune` starts from the newest checkpoint of `pretrain`, all parameters transferred.
+    `finetune` starts from the newest checkpoint of `pretrain`, all parameters transferred. Whatever can
+    be found wrong before the first step is, and then the earlier attempt stays.
     """
     started = time.monotonic()
-    _check_batch(config, runtime)
+    with runtime.together("checking the batch sizes"):
+        _check_batch(config, runtime)
     statistics = prepare_data(config, runtime)
-    directory = config.stage_dir(stage)
-    initial = _pretrained(config, runtime) if stage == "finetune" else None
-    with runtime.together(f"clearing {directory}"):
-        if runtime.is_main:
-            _clear(directory)
-            save_config(config, directory / "config.yaml")
+    pretraining = open_checkpoints(config, "pretrain", statistics, runtime)
+    initial = _newest(config, pretraining) if stage == "finetune" else None
     model = build_sharded(config, stage, statistics, runtime)
     if runtime.is_main:
-        Console().print(plan_table(model.plan))
+        terminal.results().print(plan_table(model.plan))
     if initial is not None:
-        open_checkpoints(config, "pretrain", runtime).load(initial, model.dmp)
+        pretraining.load(initial, model.dmp)
     optimizer = make_optimizer(
         model.dmp,
         config.stage(stage),
@@ -65,7 +64,12 @@ def run_stage(config: RunConfig, stage: Stage, runtime: Runtime) -> None:
         open_split(config, "train", statistics, runtime, stage=stage),
         open_split(config, "valid", statistics, runtime),
     )
-    checkpoints = open_checkpoints(config, stage, runtime)
+    directory = config.stage_dir(stage)
+    with runtime.together(f"clearing {directory}"):
+        if runtime.is_main:
+            _clear(directory)
+            save_config(config, directory / "config.yaml")
+    checkpoints = open_checkpoints(config, stage, statistics, runtime)
     with RunLog(directory, enabled=runtime.is_main, tensorboard=config.train.tensorboard) as log:
         trainer = Trainer(config, stage, model, optimizer, statistics, readers, checkpoints, log, runtime)
         trainer.run()
@@ -85,18 +89,20 @@ def is_done(config: RunConfig, stage: Stage) -> bool:
         return False
 
 
-def open_checkpoints(config: RunConfig, stage: Stage, runtime: Runtime) -> Checkpoints:
-    """The checkpoints of one stage of a run."""
+def open_checkpoints(
+    config: RunConfig, stage: Stage, statistics: Statistics, runtime: Runtime
+) -> Checkpoints:
+    """The checkpoints of one stage of a run, which fit its schema and its prepared data only."""
     return Checkpoints(
         config.stage_dir(stage) / CHECKPOINTS,
         runtime,
         config.train.keep_checkpoints,
-        schema_fingerprint(config.features),
+        f"{schema_fingerprint(config.features)}-{statistics.fingerprint[:16]}",
     )
 
 
-def _pretrained(config: RunConfig, runtime: Runtime) -> Path:
-    path = open_checkpoints(config, "pretrain", runtime).latest()
+def _newest(config: RunConfig, pretraining: Checkpoints) -> Path:
+    path = pretraining.latest()
     if path is None:
         raise ConfigError(
             f"finetune starts from a pre-trained model, but {config.stage_dir('pretrain')} holds no "
@@ -106,13 +112,14 @@ def _pretrained(config: RunConfig, runtime: Runtime) -> Path:
 
 
 def _check_batch(config: RunConfig, runtime: Runtime) -> None:
-    for key in ("batch_size", "eval_batch_size"):
+    lanes = config.data.lanes or runtime.world_size
+    lanes_of(runtime.rank, runtime.world_size, lanes)
+    for key, shares in (("batch_size", lanes), ("eval_batch_size", runtime.world_size)):
         rows = getattr(config.train, key)
-        lanes = config.data.lanes or runtime.world_size
-        if rows % lanes:
+        if rows % shares:
             raise ConfigError(
-                f"train.{key}: {rows} rows a step cannot be shared equally by {lanes} ranks or lanes; "
-                f"use a multiple of {lanes}, such as {-(-rows // lanes) * lanes}"
+                f"train.{key}: {rows} rows a step cannot be shared equally by {shares} ranks or lanes; "
+                f"use a multiple of {shares}, such as {-(-rows // shares) * shares}"
             )
 
 

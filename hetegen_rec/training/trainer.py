@@ -17,8 +17,9 @@ from hetegen_rec.distributed.runtime import Runtime
 from hetegen_rec.distributed.schedule import LearningRates
 from hetegen_rec.models.hetegen import Outputs
 from hetegen_rec.training.checkpoint import Checkpoints
-from hetegen_rec.training.logs import RunLog, StageProgress
+from hetegen_rec.training.logs import RunLog
 from hetegen_rec.training.meter import Meter
+from hetegen_rec.training.progress import StageProgress
 from hetegen_rec.training.scoring import measure, score_rows
 from hetegen_rec.training.setup import ShardedModel
 
