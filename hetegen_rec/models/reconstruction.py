@@ -142,7 +142,7 @@ class SampledSoftmax(nn.Module):
         is_target = corrupted.is_target.gather(1, picks)
         query = _at(hidden, picks) @ self.query  # [F, B, D]
         keys = functional.normalize(_at(clean, picks).float(), dim=-1)
-        temperature = self.log_temperature.exp().clamp(min=_MIN_TEMPERATURE)[:, None, None]
+        temperature = self.temperature()[:, None, None]
         query = functional.normalize(query.float(), dim=-1) / temperature
         k = min(self.num_candidates, ids.shape[1])
         positive = (query * keys).sum(-1) - log_q  # [F, B]
@@ -154,6 +154,11 @@ class SampledSoftmax(nn.Module):
         loss = torch.logsumexp(logits, -1) - positive  # [F, B]
         chance = torch.log1p(valid.sum(1).clamp(min=1).float())
         return RowLosses(torch.where(is_target, loss.T, 0.0), is_target, chance, chance)
+
+    def temperature(self) -> Tensor:
+        """[F]: temperatures with a floor, which passes gradients on, or none could leave it again."""
+        free = self.log_temperature.exp()
+        return free + (free.clamp(min=_MIN_TEMPERATURE) - free).detach()
 
 
 def _pick(span: tuple[int, int], is_target: Tensor, ids: Tensor, noise: RowNoise) -> Tensor:
@@ -180,16 +185,19 @@ class Reconstruction(nn.Module):
         super().__init__()
         self.full_fields, self.sampled_fields = split_fields(schema, statistics, config)
         self.fields = [*self.full_fields, *self.sampled_fields]
-        self.full = FullSoftmax(schema, statistics, self.full_fields, dim)
-        self.sampled = SampledSoftmax(schema, self.sampled_fields, dim, config)
+        # A head without fields would hold parameters that never get a gradient.
+        self.full = FullSoftmax(schema, statistics, self.full_fields, dim) if self.full_fields else None
+        self.sampled = (
+            SampledSoftmax(schema, self.sampled_fields, dim, config) if self.sampled_fields else None
+        )
 
     def forward(
         self, hidden: Tensor, clean: Tensor, batch: Batch, corrupted: Corrupted, noise: RowNoise
     ) -> RowLosses:
         """Losses [B, F] of every reconstructable field."""
         parts = []
-        if self.full_fields:
+        if self.full is not None:
             parts.append(self.full(hidden, batch, corrupted))
-        if self.sampled_fields:
+        if self.sampled is not None:
             parts.append(self.sampled(hidden, clean, batch, corrupted, noise))
         return parts[0] if len(parts) == 1 else parts[0].cat(parts[1])
