@@ -29,7 +29,8 @@ class Corrupted:
     tokens: Tensor
     """[B, T, D]: clean rows, [MASK] vectors, or rows of other examples."""
     is_target: Tensor
-    """[B, T] bool: cells to reconstruct: noised, and neither padding, missing nor OOV."""
+    """[B, T] bool: cells to reconstruct: noised, and neither padding, missing nor OOV (a bag goes by
+    its first value)."""
     label_ids: Tensor
     """[B] int64: 0, 1, or 2 where the label is masked."""
     noise_level: Tensor

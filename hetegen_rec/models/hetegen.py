@@ -131,7 +131,7 @@ class HeteGenNetwork(nn.Module):
                 generative, fields = self._generate(tokens, present, batch)
                 terms.update(generative)
             if self.table_l2 and self.training:
-                terms["table_l2"] = self.table_l2 * _unbiased_l2(norms, batch.log_rate)
+                terms["table_l2"] = self.table_l2 * _unbiased_l2(norms, batch)
         loss = torch.stack(list(terms.values())).sum()
         shown = {name: term.detach() for name, term in terms.items()}
         return loss, Outputs(logits.detach() if logits is not None else None, shown, fields)
@@ -192,8 +192,9 @@ class HeteGenNetwork(nn.Module):
         """
         num_bins = self.difficulty.num_bins
         bins = _one_hot_bins(corrupted.noise_level, num_bins)  # [B, K]
-        sums = rows.loss.float().T @ bins  # [F, K]
-        counts = rows.is_target.float().T @ bins
+        # Not as matrix products, which autocast would round to bf16.
+        sums = (rows.loss.float()[..., None] * bins[:, None]).sum(0)  # [F, K]
+        counts = (rows.is_target[..., None] * bins[:, None]).sum(0)
         packed = torch.cat([sums.detach(), counts, rows.chance[:, None], rows.baseline[:, None]], 1)
         total = sum_over_ranks(packed)
         count = total[:, num_bins : 2 * num_bins]
@@ -212,7 +213,7 @@ class HeteGenNetwork(nn.Module):
     def _label_loss(self, hidden: Tensor, batch: Batch, corrupted: Corrupted) -> Tensor:
         """Mean cross-entropy over the masked labels of the global batch (this rank's share)."""
         logits = self.label_head(hidden).float()
-        masked = (corrupted.label_ids == LABEL_MASK_ID).float()
+        masked = ((corrupted.label_ids == LABEL_MASK_ID) & (batch.row_ids >= 0)).float()
         loss = functional.binary_cross_entropy_with_logits(logits, batch.labels, reduction="none")
         count = sum_over_ranks(masked.sum())
         return (loss * masked).sum() * num_ranks() / count.clamp(min=1.0)
@@ -268,13 +269,14 @@ def _click_loss(logits: Tensor, batch: Batch) -> Tensor:
     return (loss * real).sum() / real.sum().clamp(min=1.0)
 
 
-def _unbiased_l2(norms: Tensor, log_rate: Tensor) -> Tensor:
+def _unbiased_l2(norms: Tensor, batch: Batch) -> Tensor:
     """Estimate of 1/2 ||E||^2 over whole tables from looked-up rows (docs/method.md section 10, derived).
 
     A table row that a training row looks up q times in the mean stands in the batch B q times;
     weighting each by 1 / (B q) makes the expectation the sum over all rows. Padding has norm 0.
     """
-    return 0.5 * (norms * torch.exp(-log_rate)).sum() / norms.shape[0]
+    num_rows = (batch.row_ids >= 0).sum().clamp(min=1)
+    return 0.5 * (norms * torch.exp(-batch.log_rate)).sum() / num_rows
 
 
 def _one_hot_bins(level: Tensor, num_bins: int) -> Tensor:
