@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Annotated, Literal, TypeAlias
 
 from pydantic import BeforeValidator, PositiveInt, model_validator
+from torch import nn
 
 from hetegen_rec.config.errors import Section
 
@@ -15,6 +16,7 @@ FieldKind: TypeAlias = Literal["id", "categorical", "numeric", "multi_valued", "
 VocabularyKind: TypeAlias = Literal["vocab", "hash", "buckets"]
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_MODULES = nn.ModuleDict()
 _DEFAULT_LENGTHS = {"multi_valued": 16, "sequence": 20}
 
 
@@ -98,6 +100,11 @@ class Field(Section):
         if self.name.startswith("__"):
             raise ValueError(
                 f"name {self.name!r} must not start with `__`, which marks encoded context columns"
+            )
+        if hasattr(_MODULES, self.name):
+            raise ValueError(
+                f"name {self.name!r} means something else to torch modules, which hold a field's table under "
+                f"its name; choose another, such as `name: {self.name}_`, and keep `column: {self.column}`"
             )
         if self.kind == "sequence":
             self._reject("is that of the field it names under `table`", "vocabulary", "min_count")
