@@ -1,0 +1,112 @@
+"""Difficulty-guided attention against a slow reference."""
+
+import math
+from typing import get_args
+
+import pytest
+import torch
+
+from hetegen_rec.config.run import AttentionConfig, AttentionGuidance
+from hetegen_rec.models.attention import Guidance, GuidedAttention
+
+DIM, HEADS, LENGTH, ROWS = 8, 2, 5, 3
+VARIANTS = get_args(AttentionGuidance)
+NEUTRAL = Guidance(torch.ones(LENGTH), torch.zeros(LENGTH))
+
+
+def attention(guidance="none", dropout=0.0):
+    torch.manual_seed(0)
+    return GuidedAttention(DIM, AttentionConfig(num_heads=HEADS, guidance=guidance), dropout)
+
+
+@pytest.fixture
+def x():
+    return torch.randn(ROWS, LENGTH, DIM, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def guidance():
+    gain = torch.tensor([0.3, 2.0, 1.0, 1.7, 0.6])
+    return Guidance(gain, torch.tensor([0.5, -1.0, 0.0, 2.0, -0.3]))
+
+
+@pytest.fixture
+def padding():
+    holes = torch.zeros(ROWS, LENGTH, dtype=torch.bool)
+    holes[0, 1] = holes[2, 3] = holes[2, 0] = True
+    return holes
+
+
+def reference(module, x, guidance, padding):
+    """Attention by loops over rows, heads and queries."""
+    size = DIM // HEADS
+    query, key, value = module.input(x).split(DIM, dim=-1)
+    mixed = torch.zeros(x.shape)
+    for row in range(len(x)):
+        for head in range(HEADS):
+            part = slice(head * size, (head + 1) * size)
+            for i in range(LENGTH):
+                logits = torch.full((LENGTH,), -math.inf)
+                for j in range(LENGTH):
+                    if padding is not None and padding[row, j]:
+                        continue
+                    logit = query[row, i, part] @ key[row, j, part] / math.sqrt(size)
+                    if module.guidance in ("query", "query_key"):
+                        logit = logit * guidance.gain[i]
+                    if module.guidance == "query_key":
+                        logit = logit * guidance.gain[j]
+                    if module.guidance == "key_bias":
+                        logit = logit + guidance.key_bias[j]
+                    logits[j] = logit
+                mixed[row, i, part] = logits.softmax(0) @ value[row, :, part]
+    branch = module.output(mixed)
+    return branch * guidance.gain[:, None] if module.guidance == "residual" else branch
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("with_padding", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_equals_the_reference(variant, with_padding, x, guidance, padding):
+    module = attention(variant)
+    holes = padding if with_padding else None
+    torch.testing.assert_close(module(x, guidance, holes), reference(module, x, guidance, holes))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_neutral_guidance_is_plain_attention(variant, x):
+    assert torch.equal(attention(variant)(x, NEUTRAL, None), attention("none")(x, NEUTRAL, None))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", sorted(set(VARIANTS) - {"none"}))
+def test_every_variant_makes_a_difference(variant, x, guidance):
+    plain = attention("none")(x, guidance, None)
+    assert (attention(variant)(x, guidance, None) - plain).abs().max() > 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_stands_in_padding_does_not_matter(variant, x, guidance, padding):
+    module = attention(variant)
+    before = module(x, guidance, padding)
+    after = module(torch.where(padding[..., None], 100.0, x), guidance, padding)
+    torch.testing.assert_close(before[~padding], after[~padding])
+
+
+@torch.no_grad()
+def test_a_key_bias_multiplies_the_attention_that_a_key_gets(x):
+    module = attention("key_bias")
+    bias = torch.zeros(LENGTH)
+    bias[2] = 50.0
+    value = module.input(x)[:, 2, 2 * DIM :]
+    expected = module.output(value)[:, None].expand(ROWS, LENGTH, DIM)
+    torch.testing.assert_close(module(x, Guidance(torch.ones(LENGTH), bias), None), expected)
+
+
+@torch.no_grad()
+def test_attention_is_dropped_in_training_only(x):
+    module = attention(dropout=0.5)
+    assert not torch.equal(module(x, NEUTRAL, None), module(x, NEUTRAL, None))
+    module.eval()
+    assert torch.equal(module(x, NEUTRAL, None), attention()(x, NEUTRAL, None))

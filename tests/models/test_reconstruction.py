@@ -1,0 +1,253 @@
+"""Reconstruction heads against slow references."""
+
+import math
+from functools import cache
+
+import pytest
+import torch
+from small_log import DIM, FULL, HISTORY, LENGTH, NUM_VALUES, SAMPLED, SCHEMA, TOKENS, Log, column, corrupt
+from torch.nn import functional
+
+from hetegen_rec.config.run import ReconstructionConfig
+from hetegen_rec.config.schema import NUM_RESERVED_IDS, Schema
+from hetegen_rec.models.corruption import RowNoise
+from hetegen_rec.models.reconstruction import (
+    FullSoftmax,
+    Reconstruction,
+    RowLosses,
+    SampledSoftmax,
+    split_fields,
+)
+
+NUM_ROWS = 64
+
+
+@cache
+def log():
+    return Log(NUM_ROWS)
+
+
+class Case:
+    """A noised batch and random vectors around the heads."""
+
+    def __init__(self, noise_seed=1, **noise):
+        generator = torch.Generator().manual_seed(noise_seed)
+        self.batch = log().batch(noise_seed=noise_seed)
+        self.clean = torch.randn(NUM_ROWS, len(TOKENS), DIM, generator=generator).requires_grad_()
+        self.hidden = torch.randn(NUM_ROWS, len(TOKENS) + 1, DIM, generator=generator)
+        self.corrupted = corrupt(log(), self.clean, self.batch, **noise)
+        self.noise = RowNoise(self.batch, len(TOKENS))
+
+    def full(self, names=FULL):
+        torch.manual_seed(0)
+        head = FullSoftmax(SCHEMA, log().statistics, names, DIM)
+        return head, head(self.hidden, self.batch, self.corrupted)
+
+    def sampled(self, num_candidates=NUM_ROWS, temperature=0.5, names=SAMPLED):
+        torch.manual_seed(0)
+        config = ReconstructionConfig(num_candidates=num_candidates, temperature=temperature)
+        head = SampledSoftmax(SCHEMA, names, DIM, config)
+        torch.nn.init.normal_(head.query)
+        return head, head(self.hidden, self.clean, self.batch, self.corrupted, self.noise)
+
+
+def split(schema=SCHEMA, **config):
+    return split_fields(schema, log().statistics, ReconstructionConfig(**config))
+
+
+def test_small_vocabularies_get_a_full_softmax_and_sequences_never_do():
+    assert split(full_softmax_max=8) == (FULL, SAMPLED)
+    assert split(full_softmax_max=12) == (["genres", "hour", "place"], ["user", "history", "item"])
+    _, sampled = split(full_softmax_max=1000)
+    assert sampled == ["history"]
+    assert split(full_softmax_max=0) == ([], list(SCHEMA.field_names))
+
+
+def test_fields_that_are_not_to_be_reconstructed_have_no_head():
+    described = SCHEMA.model_dump(mode="json")
+    described["fields"][0]["reconstruct"] = False
+    full, sampled = split(Schema.model_validate(described))
+    assert "user" not in full + sampled
+
+
+def test_a_field_of_one_value_has_nothing_to_reconstruct():
+    statistics = Log(NUM_ROWS).statistics
+    object.__setattr__(statistics.fields["hour"], "num_ids", NUM_RESERVED_IDS + 1)
+    full, sampled = split_fields(SCHEMA, statistics, ReconstructionConfig())
+    assert "hour" not in full + sampled
+
+
+def test_full_softmax_is_the_cross_entropy_over_the_vocabulary():
+    case = Case()
+    head, losses = case.full()
+    place, index = column("hour"), FULL.index("hour")
+    assert torch.equal(losses.is_target[:, index], case.corrupted.is_target[:, place])
+    logits = head.classes[FULL[index]](case.hidden[:, place])
+    assert logits.shape[1] == NUM_VALUES["hour"]
+    for row in range(NUM_ROWS):
+        expected = torch.tensor(0.0)
+        if case.corrupted.is_target[row, place]:
+            value = case.batch.ids[row, place] - NUM_RESERVED_IDS
+            expected = -logits[row].log_softmax(0)[value]
+        torch.testing.assert_close(losses.loss[row, index], expected)
+
+
+def test_a_bag_is_the_mean_over_its_known_values():
+    case = Case()
+    head, losses = case.full()
+    place, index = column("genres"), FULL.index("genres")
+    log_p = head.classes[FULL[index]](case.hidden[:, place]).log_softmax(-1)
+    bags = log().table["genres"].to_pylist()
+    mixed = 0
+    for row in torch.nonzero(losses.is_target[:, index])[:, 0].tolist():
+        known = [value - NUM_RESERVED_IDS for value in bags[row] if value >= NUM_RESERVED_IDS]
+        mixed += 0 < len(known) < len(bags[row])
+        expected = -torch.stack([log_p[row, value] for value in known]).mean()
+        torch.testing.assert_close(losses.loss[row, index], expected)
+    assert mixed > 0
+    assert (losses.loss[~losses.is_target[:, index], index] == 0).all()
+
+
+def chosen(case, name):
+    """The token that stands for the field in each row: a noised one, else a present one."""
+    places = [i for i, token in enumerate(SCHEMA.tokens) if token.field == name]
+    draws, ids = case.noise.picks(), case.batch.ids
+    return [
+        max(places, key=lambda p: (bool(case.corrupted.is_target[b, p]), bool(ids[b, p] >= 0), draws[b, p]))
+        for b in range(NUM_ROWS)
+    ]
+
+
+def slow_sampled(case, head, name, num_candidates):
+    """Losses and the number of usable candidates by a loop over rows and candidates."""
+    index = SAMPLED.index(name)
+    places = chosen(case, name)
+    ids = [int(case.batch.ids[b, p]) for b, p in enumerate(places)]
+    log_q = [float(case.batch.log_prior[b, p]) for b, p in enumerate(places)]
+    losses = torch.zeros(NUM_ROWS)
+    for b, place in enumerate(places):
+        if not case.corrupted.is_target[b, place]:
+            continue
+        query = case.hidden[b, place] @ head.query[index]
+
+        def logit(k, query=query):
+            cosine = functional.cosine_similarity(query, case.clean[k, places[k]], dim=0)
+            return cosine / head.log_temperature[index].exp() - log_q[k]
+
+        negatives = [k for k in range(num_candidates) if ids[k] >= NUM_RESERVED_IDS and ids[k] != ids[b]]
+        logits = torch.stack([logit(b), *(logit(k) for k in negatives)])
+        losses[b] = -logits.log_softmax(0)[0]
+    return losses, sum(ids[k] >= NUM_RESERVED_IDS for k in range(num_candidates))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("num_candidates", [NUM_ROWS, 20])
+@pytest.mark.parametrize("name", SAMPLED)
+def test_sampled_softmax_equals_the_reference(name, num_candidates):
+    case = Case()
+    head, losses = case.sampled(num_candidates)
+    expected, usable = slow_sampled(case, head, name, num_candidates)
+    index = SAMPLED.index(name)
+    assert losses.is_target[:, index].any()
+    assert 0 < usable < num_candidates
+    torch.testing.assert_close(losses.loss[:, index], expected, rtol=1e-4, atol=1e-4)
+    assert losses.chance[index].item() == pytest.approx(math.log(1 + usable))
+    assert torch.equal(losses.chance, losses.baseline)
+
+
+def test_chance_levels_of_full_softmaxes():
+    _, losses = Case().full()
+    expected = torch.tensor([math.log(NUM_VALUES[name]) for name in FULL])
+    torch.testing.assert_close(losses.chance, expected)
+    entropies = torch.tensor([log().statistics.fields[name].entropy for name in FULL])
+    torch.testing.assert_close(losses.baseline, entropies)
+    assert (losses.baseline < losses.chance).all()
+
+
+def test_rows_without_a_target_get_no_loss():
+    case = Case()
+    for losses in (case.full()[1], case.sampled()[1]):
+        assert (losses.loss[~losses.is_target] == 0).all()
+        assert (losses.loss[losses.is_target] > 0).all()
+        assert not losses.is_target.all()
+
+
+def test_gradients_reach_the_rows_of_candidates_that_are_no_targets():
+    case = Case(t_min=0.3, whole_sequence=0.0)
+    _, losses = case.sampled(names=["item"])
+    losses.loss.sum().backward()
+    reached = case.clean.grad[:, column("item")].abs().amax(-1) > 0
+    known = case.batch.ids[:, column("item")] >= NUM_RESERVED_IDS
+    assert (known & ~losses.is_target[:, 0]).any()
+    assert torch.equal(reached, known)
+
+
+def test_without_a_reachable_candidate_the_loss_is_zero_and_finite():
+    case = Case()
+    case.batch.ids[:, column("item")] = NUM_RESERVED_IDS
+    _, losses = case.sampled(names=["item"])
+    assert losses.is_target.any()
+    torch.testing.assert_close(losses.loss, torch.zeros_like(losses.loss))
+
+
+def test_a_sequence_predicts_each_of_its_noised_items_equally_often():
+    case = Case()
+    case.batch.ids[:, HISTORY] = torch.arange(NUM_ROWS)[:, None] * LENGTH + torch.arange(LENGTH) + 2
+    case.corrupted.is_target[:, HISTORY] = torch.tensor([True, False, True])
+    config = ReconstructionConfig(num_candidates=NUM_ROWS)
+    head = SampledSoftmax(SCHEMA, ["history"], DIM, config)
+    counts = torch.zeros(LENGTH)
+    for seed in range(30):
+        noise = RowNoise(log().batch(noise_seed=seed), len(TOKENS))
+        hidden = case.hidden.clone().requires_grad_()
+        head(hidden, case.clean, case.batch, case.corrupted, noise).loss.sum().backward()
+        counts += (hidden.grad[:, HISTORY].abs().amax(-1) > 0).sum(0)
+    shares = counts / (30 * NUM_ROWS)
+    torch.testing.assert_close(shares, torch.tensor([0.5, 0.0, 0.5]), atol=0.04, rtol=0)
+
+
+def test_the_temperature_has_a_floor_that_it_can_leave_again():
+    case = Case()
+    head, _ = case.sampled(names=["item"])
+    with torch.no_grad():
+        head.log_temperature.fill_(math.log(1e-4))
+    assert head.temperature().item() == pytest.approx(0.01)
+    losses = head(case.hidden, case.clean, case.batch, case.corrupted, case.noise)
+    assert losses.loss.isfinite().all()
+    losses.loss.sum().backward()
+    # Random vectors are wrong with confidence here, so the temperature must rise.
+    assert head.log_temperature.grad.item() < 0
+
+
+def test_all_heads_together_name_their_columns():
+    case = Case()
+    config = ReconstructionConfig(full_softmax_max=8, num_candidates=NUM_ROWS)
+    torch.manual_seed(0)
+    heads = Reconstruction(SCHEMA, log().statistics, DIM, config)
+    losses = heads(case.hidden, case.clean, case.batch, case.corrupted, case.noise)
+    assert heads.fields == FULL + SAMPLED
+    assert losses.loss.shape == losses.is_target.shape == (NUM_ROWS, len(heads.fields))
+    assert losses.chance.shape == losses.baseline.shape == (len(heads.fields),)
+    torch.testing.assert_close(losses.loss[:, : len(FULL)], case.full()[1].loss)
+
+
+@pytest.mark.parametrize("full_softmax_max", [0, 1000])
+def test_a_schema_may_need_one_kind_of_head_only(full_softmax_max):
+    fields = [field for field in SCHEMA.model_dump(mode="json")["fields"] if field["name"] != "history"]
+    schema = Schema.model_validate({"label": "click", "fields": fields})
+    config = ReconstructionConfig(full_softmax_max=full_softmax_max)
+    heads = Reconstruction(schema, log().statistics, DIM, config)
+    assert len(heads.fields) == len(fields)
+    assert (heads.full is None) == (full_softmax_max == 0)
+    assert (heads.sampled is None) == (full_softmax_max == 1000)
+
+
+def test_losses_of_two_kinds_of_heads_are_put_side_by_side():
+    def losses(value, width):
+        ones = torch.ones(3, width)
+        return RowLosses(value * ones, ones > 0, value * ones[0], 2 * value * ones[0])
+
+    both = losses(1.0, 2).cat(losses(3.0, 1))
+    assert both.loss.tolist() == [[1.0, 1.0, 3.0]] * 3
+    assert both.chance.tolist() == [1.0, 1.0, 3.0]
+    assert both.baseline.tolist() == [2.0, 2.0, 6.0]
