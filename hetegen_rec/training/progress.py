@@ -91,8 +91,8 @@ class RowsProgress:
     def __call__(self, phase: str, done: int, total: int) -> None:
         """Rows done of a pass."""
         if phase not in self._tasks:
-            self._tasks[phase] = self._bar.add_task(phase)
-        self._bar.update(self._tasks[phase], completed=done, total=total)
+            self._tasks[phase] = self._bar.add_task(phase, total=total)
+        self._bar.update(self._tasks[phase], completed=done)
 
     def __enter__(self) -> "RowsProgress":
         self._bar.start()

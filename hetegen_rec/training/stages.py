@@ -4,6 +4,8 @@ import json
 import logging
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from hetegen_rec import terminal
@@ -38,22 +40,33 @@ def prepare_data(config: RunConfig, runtime: Runtime) -> Statistics:
 
 
 def run_stage(config: RunConfig, stage: Stage, runtime: Runtime) -> None:
-    """Trains one stage from the start; what an earlier attempt left in its directory is replaced.
-
-    `finetune` starts from the newest checkpoint of `pretrain`, all parameters transferred. Whatever can
-    be found wrong before the first step is, and then the earlier attempt stays.
-    """
+    """Trains one stage from the start; what an earlier attempt left in its directory is replaced."""
     started = time.monotonic()
+    with open_trainer(config, stage, runtime) as trainer:
+        trainer.run()
+    if runtime.is_main:
+        done = {"steps": trainer.step, "seconds": round(time.monotonic() - started, 1)}
+        (config.stage_dir(stage) / DONE).write_text(json.dumps(done), encoding="utf-8")
+
+
+@contextmanager
+def open_trainer(config: RunConfig, stage: Stage, runtime: Runtime) -> Iterator[Trainer]:
+    """Context with the trainer of one stage before its first step. A collective.
+
+    `finetune` starts from the newest checkpoint of `pretrain`, all parameters transferred. An earlier
+    attempt is removed last, so it stays where anything is found wrong before the first step.
+
+    Raises:
+        ConfigError, DataError, PlanningError, CheckpointError: on every rank, before anything is written
+            to the stage's directory.
+    """
     with runtime.together("checking the batch sizes"):
         _check_batch(config, runtime)
     statistics = prepare_data(config, runtime)
-    pretraining = open_checkpoints(config, "pretrain", statistics, runtime)
-    initial = _newest(config, pretraining) if stage == "finetune" else None
     model = build_sharded(config, stage, statistics, runtime)
-    if runtime.is_main:
-        terminal.results().print(plan_table(model.plan))
-    if initial is not None:
-        pretraining.load(initial, model.dmp)
+    if stage == "finetune":
+        pretraining = open_checkpoints(config, "pretrain", statistics, runtime)
+        pretraining.load(_newest(config, pretraining), model.dmp)
     optimizer = make_optimizer(
         model.dmp,
         config.stage(stage),
@@ -64,6 +77,8 @@ def run_stage(config: RunConfig, stage: Stage, runtime: Runtime) -> None:
         open_split(config, "train", statistics, runtime, stage=stage),
         open_split(config, "valid", statistics, runtime),
     )
+    if runtime.is_main:
+        terminal.results().print(plan_table(model.plan))
     directory = config.stage_dir(stage)
     with runtime.together(f"clearing {directory}"):
         if runtime.is_main:
@@ -71,11 +86,7 @@ def run_stage(config: RunConfig, stage: Stage, runtime: Runtime) -> None:
             save_config(config, directory / "config.yaml")
     checkpoints = open_checkpoints(config, stage, statistics, runtime)
     with RunLog(directory, enabled=runtime.is_main, tensorboard=config.train.tensorboard) as log:
-        trainer = Trainer(config, stage, model, optimizer, statistics, readers, checkpoints, log, runtime)
-        trainer.run()
-    if runtime.is_main:
-        done = {"steps": trainer.step, "seconds": round(time.monotonic() - started, 1)}
-        (directory / DONE).write_text(json.dumps(done), encoding="utf-8")
+        yield Trainer(config, stage, model, optimizer, statistics, readers, checkpoints, log, runtime)
 
 
 def is_done(config: RunConfig, stage: Stage) -> bool:
@@ -114,13 +125,12 @@ def _newest(config: RunConfig, pretraining: Checkpoints) -> Path:
 def _check_batch(config: RunConfig, runtime: Runtime) -> None:
     lanes = config.data.lanes or runtime.world_size
     lanes_of(runtime.rank, runtime.world_size, lanes)
-    for key, shares in (("batch_size", lanes), ("eval_batch_size", runtime.world_size)):
-        rows = getattr(config.train, key)
-        if rows % shares:
-            raise ConfigError(
-                f"train.{key}: {rows} rows a step cannot be shared equally by {shares} ranks or lanes; "
-                f"use a multiple of {shares}, such as {-(-rows // shares) * shares}"
-            )
+    rows = config.train.batch_size
+    if rows % lanes:
+        raise ConfigError(
+            f"train.batch_size: {rows} rows a step cannot be shared equally by {lanes} ranks or lanes; "
+            f"use a multiple of {lanes}, such as {-(-rows // lanes) * lanes}"
+        )
 
 
 def _clear(directory: Path) -> None:
