@@ -224,7 +224,8 @@ class Schema(Section):
 def _tokens_of(field: Field) -> list[Token]:
     if field.kind != "sequence":
         return [Token(field.name, field.name)]
-    return [Token(f"{field.name}@{i}", field.name, i) for i in range(field.list_length)]
+    # Neither a letter of names nor "@", by which TorchRec tells a key from its table.
+    return [Token(f"{field.name}:{i}", field.name, i) for i in range(field.list_length)]
 
 
 def _reject_repeats(what: str, names: Sequence[str]) -> None:

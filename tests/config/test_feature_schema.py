@@ -95,9 +95,9 @@ def test_tokens_stand_in_schema_order_with_one_for_each_place_of_a_sequence():
     made = schema(USER, HISTORY, GENRES, ITEM)
     assert made.tokens == (
         Token("user", "user"),
-        Token("history@0", "history", 0),
-        Token("history@1", "history", 1),
-        Token("history@2", "history", 2),
+        Token("history:0", "history", 0),
+        Token("history:1", "history", 1),
+        Token("history:2", "history", 2),
         Token("genres", "genres"),
         Token("item", "item"),
     )
@@ -106,7 +106,7 @@ def test_tokens_stand_in_schema_order_with_one_for_each_place_of_a_sequence():
 def test_sequence_shares_the_table_of_its_items():
     made = schema(USER, HISTORY, ITEM)
     assert [owner.name for owner in made.table_owners] == ["user", "item"]
-    assert [token.key for token in made.tokens_on("item")] == ["history@0", "history@1", "history@2", "item"]
+    assert [token.key for token in made.tokens_on("item")] == ["history:0", "history:1", "history:2", "item"]
     assert made.field("history").table_name == "item"
 
 

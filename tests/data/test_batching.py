@@ -190,7 +190,7 @@ def test_dropout_replaces_an_id_seen_n_times_with_probability_a_over_a_plus_n():
     batch = make(many_rows(4000), FakeStatistics(counts), oov_dropout=2.0)
     dropped = (batch.ids == 1).float().mean(dim=0)
     keys = [token.key for token in SCHEMA.tokens]
-    for key in ("user", "item", "history@0", "history@1", "tags"):
+    for key in ("user", "item", "history:0", "history:1", "tags"):
         assert dropped[keys.index(key)] == pytest.approx(2 / 8, abs=0.04)
     bags = batch.kjt["genres"].values().reshape(-1, 2)
     assert (bags[:, 0] == 1).float().mean() == pytest.approx(2 / 3, abs=0.04)

@@ -140,7 +140,7 @@ def test_batches_hold_what_their_rows_hold(shards):
         rows = batch.row_ids.tolist()
         assert batch.labels.tolist() == [float(row % 2) for row in rows]
         assert batch.ids[:, 0].tolist() == [row % NUM_IDS for row in rows]
-        assert batch.kjt["history@0"].lengths().tolist() == [int(row % 4 > 0) for row in rows]
+        assert batch.kjt["history:0"].lengths().tolist() == [int(row % 4 > 0) for row in rows]
         assert batch.kjt["tags"].values().tolist() == [row % 7 for row in rows]
 
 
