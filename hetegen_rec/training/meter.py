@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hetegen_rec.models.difficulty import Difficulty
 from hetegen_rec.models.hetegen import Outputs
+from hetegen_rec.models.reduction import mean_over_ranks
 
 
 class Meter:
@@ -39,11 +40,13 @@ class Meter:
             self._fields = (cross_entropy, relative)
 
     def read(self, difficulty: Difficulty, names: list[str]) -> dict[str, Any]:
-        """Means over the window, as plain numbers: rate, terms, and every field's l, r, s, w.
+        """Means over the window and all ranks: rate, terms, and every field's l, r, s, w. A collective.
 
         `loss` is the sum of the terms without the calibration of s, which is no measure of fit.
         """
-        terms = {name: total.item() / self._steps for name, total in self._terms.items()}
+        # A rank's terms are those of its own rows, scaled so that the global ones are their mean.
+        totals = mean_over_ranks(torch.stack(list(self._terms.values())).float()) / self._steps
+        terms = dict(zip(self._terms, totals.tolist(), strict=True))
         loss = sum(value for name, value in terms.items() if name != "calibration")
         rate = self._rows / max(time.monotonic() - self._start, 1e-9)
         values: dict[str, Any] = {"samples_per_second": round(rate, 1), "loss": loss, "terms": terms}
