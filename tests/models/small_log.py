@@ -33,7 +33,8 @@ SCHEMA = Schema.model_validate(
     }
 )
 TOKENS = [token.key for token in SCHEMA.tokens]
-HISTORY = slice(TOKENS.index("history@0"), TOKENS.index("history@0") + LENGTH)
+_FIRST_ITEM = [token.field for token in SCHEMA.tokens].index("history")
+HISTORY = slice(_FIRST_ITEM, _FIRST_ITEM + LENGTH)
 FULL = ["genres", "hour"]
 SAMPLED = ["user", "history", "item", "place"]
 

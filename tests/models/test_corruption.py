@@ -181,3 +181,11 @@ def test_the_label_is_masked_with_the_level_and_clean_otherwise():
 
 def test_a_label_outside_the_set_is_always_masked():
     assert (corrupt(log(), tokens(), label_in_set=False).label_ids == LABEL_MASK_ID).all()
+
+
+def test_whether_the_label_is_masked_says_nothing_about_the_tokens():
+    middle = (masked().noise_level - 0.5).abs() < 0.2
+    hit = noised(masked(), tokens())[middle][:, SINGLE]
+    label = (masked().label_ids == LABEL_MASK_ID)[middle]
+    agreement = (hit == label[:, None]).float().mean(0)
+    torch.testing.assert_close(agreement, torch.full_like(agreement, 0.5), atol=0.1, rtol=0)

@@ -2,7 +2,18 @@
 
 import pytest
 import torch
-from small_log import DIM, NUM_VALUES, SCHEMA, TOKENS, Log, column, make_model, model_config, tables_of
+from small_log import (
+    DIM,
+    HISTORY,
+    NUM_VALUES,
+    SCHEMA,
+    TOKENS,
+    Log,
+    column,
+    make_model,
+    model_config,
+    tables_of,
+)
 from torchrec import KeyedTensor
 
 from hetegen_rec.config.schema import Schema
@@ -75,13 +86,10 @@ def test_tables_of_another_width_are_projected_and_their_norms_are_of_the_rows()
         torch.testing.assert_close(norms[:, place], looked_up.square().sum(-1))
         if not projected:
             torch.testing.assert_close(tokens[:, place], looked_up)
-    history, item = tokens[:, column("history@0")], tokens[:, column("item")]
+    history, item = tokens[:, HISTORY.start], tokens[:, column("item")]
     same = LOG.batch().ids
     rows_of_both = [
-        (a, b)
-        for a in range(32)
-        for b in range(32)
-        if same[a, column("history@0")] == same[b, column("item")]
+        (a, b) for a in range(32) for b in range(32) if same[a, HISTORY.start] == same[b, column("item")]
     ]
     assert rows_of_both
     for a, b in rows_of_both:
@@ -96,7 +104,7 @@ def test_tables_hold_reserved_rows_and_are_on_meta():
     tables = build_tables(SCHEMA, shapes)
     assert all(parameter.is_meta for parameter in tables.parameters())
     by_name = {config.name: config.feature_names for config in tables.embedding_bag_configs()}
-    assert by_name["item"] == ["history@0", "history@1", "history@2", "item"]
+    assert by_name["item"] == [*TOKENS[HISTORY], "item"]
 
 
 def test_a_schema_in_table_order_needs_no_reordering():

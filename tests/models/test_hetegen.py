@@ -252,10 +252,11 @@ def test_guidance_is_neutral_for_the_label_and_for_fields_without_a_head():
     for place in (column("user"), -1):
         assert guidance.gain[place] == 1.0
         assert guidance.key_bias[place] == 0.0
-    for key in TOKENS[1:]:
-        index = network.fields.index(key.split("@")[0])
-        assert guidance.gain[column(key)] == gain[index]
-        assert guidance.key_bias[column(key)] == bias[index]
+    for place, token in enumerate(SCHEMA.tokens):
+        if token.field != "user":
+            index = network.fields.index(token.field)
+            assert guidance.gain[place] == gain[index]
+            assert guidance.key_bias[place] == bias[index]
 
 
 def test_scores_do_not_look_at_the_label():
