@@ -38,8 +38,10 @@ class GuidedAttention(nn.Module):
     def forward(self, x: Tensor, guidance: Guidance, padding: Tensor | None) -> Tensor:
         """Attends over x [B, S, D]; padding [B, S] bool marks keys that do not exist."""
         batch, length, dim = x.shape
-        heads = self.input(x).view(batch, length, 3, self.num_heads, dim // self.num_heads)
-        query, key, value = heads.permute(2, 0, 3, 1, 4)  # each [B, H, S, D / H]
+        shape = (batch, length, self.num_heads, dim // self.num_heads)
+        query, key, value = (
+            part.view(shape).transpose(1, 2) for part in self.input(x).chunk(3, dim=-1)
+        )  # each [B, H, S, D / H]
         gain = guidance.gain[:, None]
         if self.guidance in ("query", "query_key"):
             query = query * gain
