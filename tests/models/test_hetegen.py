@@ -11,7 +11,7 @@ from hetegen_rec.config.run import AttentionGuidance, Stage, StageConfig, TrainC
 from hetegen_rec.config.schema import Schema
 from hetegen_rec.data.batch import Cursor
 from hetegen_rec.models.balancing import FORMS
-from hetegen_rec.models.corruption import Corrupted, Corruption
+from hetegen_rec.models.corruption import LABEL_MASK_ID, Corrupted, Corruption
 from hetegen_rec.models.hetegen import build_model
 from hetegen_rec.models.reconstruction import RowLosses
 
@@ -266,6 +266,18 @@ def test_scores_do_not_look_at_the_label():
         before = model(batch)[1].logits
         batch.labels = 1 - batch.labels
         assert torch.equal(model(batch)[1].logits, before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("head", ["mlp", "label_token"])
+def test_scores_are_those_of_a_masked_label(head):
+    model = make_model(log(), "finetune", model_config(ctr={"head": head})).eval()
+    before = model(log().batch())[1].logits
+    embedding = model.network.denoiser.label_embedding.weight
+    embedding[:LABEL_MASK_ID] += 1.0
+    assert torch.equal(model(log().batch())[1].logits, before)
+    embedding[LABEL_MASK_ID] += torch.arange(embedding.shape[1])
+    assert not torch.equal(model(log().batch())[1].logits, before)
 
 
 def test_scoring_draws_no_noise_and_needs_no_neighbours():
