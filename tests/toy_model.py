@@ -71,7 +71,7 @@ class Job:
         default = TableConfig(sharding=(sharding,)) if sharding else TableConfig()  # type: ignore[arg-type]
         config = DistributedConfig(tables={"default": default})
         toy = Toy(tables)
-        attach_table_optimizer(toy.ebc, table_optimizer, stage.table_lr, "cpu", stage.max_grad_norm)
+        attach_table_optimizer(toy.ebc, table_optimizer, stage, "cpu")
         self.runtime = runtime
         self.plan = agree_on_plan(runtime, toy, config, GLOBAL_ROWS)
         self.model = shard_model(toy, self.plan, runtime, config)

@@ -222,6 +222,9 @@ class StageConfig(Section):
     epochs: PositiveInt = 1
     table_lr: PositiveFloat = 0.05
     """Learning rate of the embedding tables."""
+    table_eps: PositiveFloat = 1e-8
+    """Added to the root of Adagrad's sum of squares. Rows with gradients below it move little: around
+    1e-3 (the size of gradients of a mean over a batch) it keeps rarely seen ids near their start."""
     dense_lr: PositiveFloat = 1e-3
     """Learning rate of everything else (AdamW)."""
     weight_decay: NonNegativeFloat = 0.0

@@ -32,15 +32,13 @@ _DENSE: dict[TableOptimizer, type[torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
 }
 _ON_CPU: tuple[TableOptimizer, ...] = ("rowwise_adagrad", "adagrad", "sgd")
-_EPS = 1e-8  # the fused kernels' default; given to both so that both do the same
 
 
 def attach_table_optimizer(
     tables: EmbeddingBagCollection,
     name: TableOptimizer,
-    lr: float,
+    stage: StageConfig,
     device_type: str,
-    max_gradient: float | None,
 ) -> None:
     """Makes the backward pass update the tables. Call before planning and sharding.
 
@@ -63,12 +61,18 @@ def attach_table_optimizer(
             f"train.table_optimizer: {name} has no CPU kernel; use one of {', '.join(_ON_CPU)}, or "
             "distributed.device: cuda"
         )
-    settings: dict[str, Any] = {"lr": lr}
-    if name != "sgd":
-        settings["eps"] = _EPS
-    if max_gradient is not None:
-        settings.update(gradient_clipping=True, max_gradient=max_gradient)
+    settings = _settings(name, stage)
+    if stage.max_grad_norm is not None:
+        settings.update(gradient_clipping=True, max_gradient=stage.max_grad_norm)
     apply_optimizer_in_backward(_FUSED[name], tables.parameters(), settings)
+
+
+def _settings(name: TableOptimizer, stage: StageConfig) -> dict[str, Any]:
+    """What fused and data-parallel optimizers are both given, so that both do the same."""
+    settings: dict[str, Any] = {"lr": stage.table_lr}
+    if name != "sgd":
+        settings["eps"] = stage.table_eps
+    return settings
 
 
 def make_optimizer(
@@ -137,9 +141,7 @@ def _replicated_tables_optimizer(
             f"train.table_optimizer: {name} cannot train data-parallel tables ({', '.join(sorted(tables))}); "
             f"take data_parallel off distributed.tables, or use one of {', '.join(_DENSE)}"
         )
-    settings: dict[str, Any] = {"lr": stage.table_lr}
-    if name != "sgd":
-        settings["eps"] = _EPS
+    settings = _settings(name, stage)
     optimizer = _keyed(tables, lambda values: _DENSE[name](values, **settings))
     _allocate_state(optimizer)
     if stage.max_grad_norm is None:

@@ -48,9 +48,8 @@ def build_sharded(config: RunConfig, stage: Stage, statistics: Statistics, runti
     attach_table_optimizer(
         model.ebc,
         config.train.table_optimizer,
-        stage_config.table_lr,
+        stage_config,
         runtime.device.type,
-        stage_config.max_grad_norm,
     )
     rows_per_rank = config.train.batch_size // runtime.world_size
     plan = agree_on_plan(runtime, model, config.distributed, rows_per_rank)

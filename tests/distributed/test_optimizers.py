@@ -88,5 +88,20 @@ def test_table_gradients_are_clamped(runtime: Runtime, sharding: str) -> None:
 @pytest.mark.parametrize("name", ["adam", "partial_rowwise_adam", "lamb"])
 def test_an_optimizer_without_cpu_kernel_names_key_and_alternatives(name: str) -> None:
     with pytest.raises(ConfigError, match=f"train.table_optimizer: {name}.*rowwise_adagrad, adagrad, sgd"):
-        attach_table_optimizer(Toy().ebc, name, 0.1, "cpu", None)
-    attach_table_optimizer(Toy().ebc, name, 0.1, "cuda", 1.0)
+        attach_table_optimizer(Toy().ebc, name, StageConfig(), "cpu")
+    attach_table_optimizer(Toy().ebc, name, StageConfig(), "cuda")
+
+
+@pytest.mark.parametrize("sharding", ["table_wise", "data_parallel"])
+def test_a_large_epsilon_keeps_rows_with_small_gradients_near_their_start(
+    runtime: Runtime, sharding: str
+) -> None:
+    moved = []
+    for eps in (1e-8, 10.0):
+        job = Job(runtime, sharding, stage=StageConfig(table_eps=eps, table_lr=0.1))
+        table = table_weights(job.model)["user"]
+        weights = table if sharding == "data_parallel" else table.local_shards()[0].tensor
+        before = weights.clone()
+        job.train(1)
+        moved.append((weights - before).abs().max().item())
+    assert moved[1] < 0.1 * moved[0]

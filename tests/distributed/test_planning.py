@@ -5,7 +5,7 @@ import pytest
 from multirank import run_ranks
 from toy_model import Toy
 
-from hetegen_rec.config.run import DistributedConfig, TableConfig
+from hetegen_rec.config.run import DistributedConfig, StageConfig, TableConfig
 from hetegen_rec.distributed.optimizers import attach_table_optimizer
 from hetegen_rec.distributed.planning import (
     Cluster,
@@ -23,7 +23,7 @@ GB = 10**9
 
 def _toy(tables: dict[str, int], device: str = "cpu") -> Toy:
     toy = Toy(tables)
-    attach_table_optimizer(toy.ebc, "rowwise_adagrad", 0.1, device, None)
+    attach_table_optimizer(toy.ebc, "rowwise_adagrad", StageConfig(), device)
     return toy
 
 
