@@ -1,0 +1,61 @@
+"""Jobs of several processes as a person starts them, from a checkout."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tiny_run import tiny_values, write_config, write_tiny
+
+CHECKOUT = Path(__file__).parents[2]
+PROGRAMS = Path(sys.executable).parent
+
+
+def start(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    path = f"{PROGRAMS}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(
+        command,
+        cwd=CHECKOUT,
+        env={**os.environ, "PATH": path, **environment},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+def test_torchx_line_trains_on_two_ranks_with_appended_overrides(tmp_path):
+    words = ["--config", str(write_tiny(tmp_path / "run")), "train.max_steps=3", "train.tensorboard=true"]
+    job = ["torchx", "run", "dist.ddp", "-j", "1x2", "launch/pretrain.py", *words]
+    result = start(job, HOME=str(tmp_path))
+    output = result.stdout + result.stderr
+    assert result.returncode == 0, output
+    assert output.count("step 3 of 3") == 1, output  # rank 0 alone speaks
+    assert output.count("Sharding plan") == 1
+    for noise in ("FutureWarning", "DeprecationWarning", "is_fx_tracing", "Traceback", "INFO:"):
+        assert noise not in output
+    stage = tmp_path / "run" / "run" / "pretrain"
+    assert (stage / "checkpoints" / "step-3" / "metadata.json").exists()
+    assert list((stage / "tensorboard").iterdir())
+
+
+def test_many_ranks_tell_of_one_problem_once(tmp_path):
+    """A training split with fewer rows than ranks; and a lone failure while the others wait."""
+    values = tiny_values(tmp_path / "run")
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    row = {"label": [1], "timestamp": [5], "user_id": [3], "item_id": [4], "segment": ["a"], "intent": [2]}
+    row |= {"tags": [["x"]], "price": [1.5], "history": [[4]]}
+    pq.write_table(pa.table(row), raw / "one.parquet")
+    values["data"] = {"prepared_dir": str(tmp_path / "prepared")}
+    values["data"] |= {split: str(raw / "one.parquet") for split in ("train", "valid")}
+    config = write_config(tmp_path / "run", values)
+    result = start(["hetegen", "scratch", "--config", str(config), "--ranks", "2"])
+    assert result.returncode == 2, result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, result.stderr
+    assert "1 row(s) cannot be shared by 2 lanes" in errors[0]
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "run" / "run").exists()

@@ -1,0 +1,192 @@
+"""The command line: words to verbs, the log, and what a failing rank does to the job."""
+
+import logging
+import signal
+import sys
+
+import pytest
+from tiny_run import write_tiny
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+from hetegen_rec import cli, terminal
+from hetegen_rec.data.raw import DataError
+from hetegen_rec.distributed.runtime import PeerFailedError
+from hetegen_rec.jobs import Job
+from hetegen_rec.launching.relaunch import _exit_code, relaunch
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
+    """The jobs that reach the verbs, which do nothing here."""
+    jobs: list[Job] = []
+    for verb, (_, text) in cli.VERBS.items():
+        monkeypatch.setitem(cli.VERBS, verb, (jobs.append, text))
+    return jobs
+
+
+@pytest.fixture
+def config(tmp_path) -> str:
+    return str(write_tiny(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--config", "{config}", "train.max_steps=3", "seed=7"],
+        ["train.max_steps=3", "--config", "{config}", "seed=7"],
+        ["train.max_steps=3", "seed=7", "--config", "{config}"],
+        ["--config", "{config}", "--", "train.max_steps=3", "seed=7"],
+    ],
+)
+def test_overrides_may_stand_anywhere(arguments, config, seen):
+    assert cli.main(["pretrain", *[word.format(config=config) for word in arguments]]) == 0
+    assert (seen[0].config.train.max_steps, seen[0].config.seed) == (3, 7)
+
+
+def test_options_reach_the_job(config, seen):
+    words = ["--stage", "joint", "--input", "a.csv", "--input", "b.csv", "--output", "scores", "seed=2"]
+    assert cli.main(["predict", "--config", config, *words]) == 0
+    (job,) = seen
+    assert (job.stage, list(job.inputs), job.output, job.config.seed) == (
+        "joint",
+        ["a.csv", "b.csv"],
+        "scores",
+        2,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "VERB"),
+        (["train"], "invalid choice: 'train'"),
+        (["pretrain", "--stage", "joint"], "unrecognized arguments: --stage"),
+        (["predict", "--split", "holdout"], "invalid choice: 'holdout'"),
+    ],
+)
+def test_wrong_words_exit_with_2(arguments, says, capsys, seen):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    assert stopped.value.code == 2
+    assert says in capsys.readouterr().err
+    assert not seen
+
+
+def test_help_lists_every_verb(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["--help"])
+    assert not stopped.value.code
+    shown = capsys.readouterr().out
+    assert all(f"\n  {verb} " in shown for verb in cli.VERBS)
+
+
+def test_missing_default_configuration_says_what_to_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["prepare"]) == 2
+    assert "name a configuration with --config" in capsys.readouterr().err
+
+
+def test_ranks_within_a_job_are_refused(config, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(SystemExit):
+        cli.main(["pretrain", "--config", config, "--ranks", "2"])
+    assert "leave it out under torchrun" in capsys.readouterr().err
+
+
+def test_ranks_start_the_same_command_once_each(config, monkeypatch):
+    started = []
+    monkeypatch.setattr(cli, "relaunch", lambda *call: started.append(call) or 5)
+    assert cli.main(["pretrain", "--config", config, "--ranks", "3", "seed=1"]) == 5
+    (module, ranks, arguments) = started[0]
+    assert (module, ranks) == ("hetegen_rec.cli", 3)
+    assert arguments == ["pretrain", "--config", config, "--ranks", "3", "seed=1", "--ranks", "1"]
+
+
+def test_all_but_rank_0_are_silent_about_a_wrong_configuration(config, monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert cli.main(["prepare", "--config", config, "nonsense=1"]) == 2
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [(DataError("row 7"), "error: row 7\n"), (PeerFailedError("reading failed on rank 3"), "")],
+)
+def test_expected_errors_are_one_line_from_the_rank_that_failed(error, told, config, monkeypatch, capsys):
+    def fail(job: Job) -> None:
+        raise error
+
+    monkeypatch.setitem(cli.VERBS, "prepare", (fail, ""))
+    assert cli.main(["prepare", "--config", config]) == 2
+    assert capsys.readouterr().err == told
+
+
+def test_what_follows_from_a_peers_failure_is_not_told(config, monkeypatch, capsys):
+    def fail(job: Job) -> None:
+        job.runtime.is_first_to_fail()  # as another rank would note
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setitem(cli.VERBS, "prepare", (fail, ""))
+    assert cli.main(["prepare", "--config", config]) == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_unexpected_errors_keep_their_traceback(config, monkeypatch):
+    def fail(job: Job) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setitem(cli.VERBS, "prepare", (fail, ""))
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.main(["prepare", "--config", config])
+
+
+def test_interrupted_by_the_keyboard_ends_without_a_traceback(config, monkeypatch, capsys):
+    def interrupt(job: Job) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.VERBS, "prepare", (interrupt, ""))
+    assert cli.main(["prepare", "--config", config]) == 130
+    assert capsys.readouterr().err == ""
+
+
+def test_log_of_rank_0_is_shown_and_of_others_only_trouble(capsys):
+    ours, other = logging.getLogger("hetegen_rec.probe"), logging.getLogger("somebody.else")
+    with terminal.show_log(rank=0):
+        ours.info("half way")
+        other.info("noise")
+    with terminal.show_log(rank=3):
+        ours.info("half way, too")
+        ours.warning("out of paper")
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.endswith("half way")
+    assert second.startswith("[rank 3]")
+    assert second.endswith("out of paper")
+
+
+def test_log_settings_end_with_the_context():
+    logger = logging.getLogger("hetegen_rec")
+    before = (logger.handlers, logger.level, logger.propagate)
+    with terminal.show_log(rank=0):
+        assert not logger.propagate
+    assert (logger.handlers, logger.level, logger.propagate) == before
+
+
+def test_relaunched_processes_hand_back_their_exit_code(tmp_path, monkeypatch):
+    (tmp_path / "probe.py").write_text(
+        "import os, sys\n"
+        "rank = os.environ['RANK']\n"
+        "open(f'seen-{rank}', 'w').write(' '.join(sys.argv[1:]) + os.environ['WORLD_SIZE'])\n"
+        "sys.exit(7 if sys.argv[1] == 'fail' else 0)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert relaunch("probe", 2, ["a b", "x=1 "]) == 0
+    assert {path.read_text() for path in tmp_path.glob("seen-*")} == {"a b x=1 2"}
+    assert len(list(tmp_path.glob("seen-*"))) == 2
+    assert relaunch("probe", 2, ["fail"]) == 7
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="exit codes of signals")
+def test_a_killed_process_is_told_by_name(capsys):
+    failure = ProcessFailure(local_rank=1, pid=1, exitcode=-signal.SIGKILL, error_file="none")
+    assert _exit_code(1, failure) == 128 + signal.SIGKILL
+    assert capsys.readouterr().err == "error: rank 1 was ended by SIGKILL\n"
