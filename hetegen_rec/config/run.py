@@ -175,7 +175,7 @@ class BalanceConfig(Section):
 
     form: BalanceForm = "difficulty"
     exponent: float = 1.0
-    """`difficulty` and `conditional` only: g in w_f ~ exp(g s_f)."""
+    """`difficulty` and `conditional`: g in w_f ~ exp(g s_f); `gradnorm`: its alpha."""
     learning_rate: PositiveFloat = 0.05
     """Step size of the difficulty scalars (SGD): the inverse of their memory in steps."""
     probe_every: PositiveInt = 10
