@@ -32,7 +32,7 @@ setup: $(PACKAGE)  ## build .venv with everything pinned
 
 demo: setup  ## pre-train, fine-tune and evaluate on a real click log, with a report
 	@$(USE_VENV)
-	hetegen demo
+	hetegen demo --ranks 2
 
 test: lint  ## lint, types and all tests
 	@$(USE_VENV)
