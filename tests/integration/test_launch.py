@@ -9,6 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tiny_run import tiny_values, write_config, write_tiny
 
+from hetegen_rec.cli import main
+
 CHECKOUT = Path(__file__).parents[2]
 PROGRAMS = Path(sys.executable).parent
 
@@ -42,7 +44,7 @@ def test_torchx_line_trains_on_two_ranks_with_appended_overrides(tmp_path):
 
 
 def test_many_ranks_tell_of_one_problem_once(tmp_path):
-    """A training split with fewer rows than ranks; and a lone failure while the others wait."""
+    """A training split with fewer rows than ranks, which all of them find."""
     values = tiny_values(tmp_path / "run")
     raw = tmp_path / "raw"
     raw.mkdir()
@@ -59,3 +61,23 @@ def test_many_ranks_tell_of_one_problem_once(tmp_path):
     assert "1 row(s) cannot be shared by 2 lanes" in errors[0]
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "run" / "run").exists()
+
+
+def test_a_rank_that_fails_alone_ends_the_job_with_its_own_words(tmp_path):
+    """A row group whose bytes rotted is met by one rank, in the middle of training."""
+    words = ["--config", str(write_tiny(tmp_path)), "data.rows_per_group=300"]
+    assert main(["prepare", *words]) == 0
+    (shard,) = (tmp_path / "prepared" / "train").glob("*.parquet")
+    chunk = pq.ParquetFile(shard).metadata.row_group(5).column(0)
+    content = bytearray(shard.read_bytes())
+    start_of_page = chunk.dictionary_page_offset or chunk.data_page_offset
+    content[start_of_page : start_of_page + chunk.total_compressed_size] = (
+        b"\xff" * chunk.total_compressed_size
+    )
+    shard.write_bytes(content)
+    result = start(["hetegen", "scratch", *words, "--ranks", "2"])
+    assert result.returncode == 2, result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, result.stderr
+    assert f"{shard}, row group 5: cannot be read" in errors[0]
+    assert "Traceback" not in result.stderr
