@@ -54,7 +54,11 @@ def show_log(rank: int) -> Iterator[None]:
 
 def quiet_libraries() -> None:
     """Silences what PyTorch tells TorchRec's developers about each other's interfaces."""
-    for message in ("`broadcast_buffers` is deprecated", "Please use DTensor instead"):
+    for message in (
+        "`broadcast_buffers` is deprecated",
+        "Please use DTensor instead",
+        ".*reduce_scatter_tensor.* is deprecated",
+    ):
         warnings.filterwarnings("ignore", message, FutureWarning)
     # "is_fx_tracing will return true for both ..."
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)

@@ -241,8 +241,8 @@ class StageConfig(Section):
     max_grad_norm: PositiveFloat | None = 10.0
     """Clip the dense gradients to this norm, and table gradients to this value; null for none."""
     patience: PositiveInt | None = None
-    """Stop after this many evaluations without a better validation AUC; null runs all epochs.
-    Click stages always end with the best evaluation's weights."""
+    """Click stages stop after this many evaluations without a better validation AUC; null runs all
+    epochs. Either way `evaluate` and `predict` take the checkpoint of the best evaluation."""
 
 
 class StagesConfig(Section):

@@ -58,6 +58,10 @@ class Uncertainty(Literal):
         """1 for every field."""
         return torch.ones_like(self.scalars[:, 0])
 
+    def key_bias(self) -> Tensor:
+        """0 for every field."""
+        return torch.zeros_like(self.scalars[:, 0])
+
 
 class Informative(Difficulty):
     """`informative`: w ~ u (1 - u) with u the loss relative to the field's entropy. Derived.

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchrec import KeyedTensor
 
+from hetegen_rec.config.errors import ConfigError
 from hetegen_rec.config.run import ModelConfig, Stage, StageConfig, TrainConfig
 from hetegen_rec.config.schema import Schema
 from hetegen_rec.data.batch import Batch
@@ -255,7 +256,7 @@ def build_model(
         autocast=train.precision == "bf16",
     )
     if network.is_generative and not network.fields:
-        raise ValueError(
+        raise ConfigError(
             f"stage `{stage}` has nothing to reconstruct: no field of the schema has "
             "`reconstruct: true` and at least two values in the training rows"
         )

@@ -52,7 +52,7 @@ class RunLog:
 
 
 def _flatten(values: dict[str, Any], prefix: str) -> list[tuple[str, float]]:
-    """Curves by path; per-field values are grouped by quantity: `train/weight/<field>`."""
+    """Curves by path; per-field values are grouped by quantity: `weight/<field>`."""
     curves: list[tuple[str, float]] = []
     for key, value in values.items():
         if key == "fields":
