@@ -13,11 +13,11 @@ import torch
 from numpy.typing import NDArray
 from torchrec import KeyedJaggedTensor
 
-from hetegen_rec.config.schema import NUM_RESERVED_IDS, ReservedId, Schema
+from hetegen_rec.config.schema import ReservedId, Schema
 from hetegen_rec.data.batch import Batch, Cursor
 from hetegen_rec.data.hashing import salt_of, uniform
 from hetegen_rec.data.raw import DataError
-from hetegen_rec.data.statistics import Statistics
+from hetegen_rec.data.statistics import Statistics, drop_probability
 
 LABEL = "__label"
 ROW_ID = "__row_id"
@@ -63,24 +63,33 @@ class Batcher:
 
     It holds the log-frequencies of all ids in two flat arrays, one segment a field (prior) or a table
     (rate), so that one gather serves all tokens. A segment starts with the entry of the empty bag, 0.
+    The probabilities of dropout, if there is any, lie as the rates do.
     """
 
-    def __init__(self, schema: Schema, statistics: Statistics):
+    def __init__(self, schema: Schema, statistics: Statistics, oov_dropout: float = 0.0):
         """Lays out the frequencies.
 
         Args:
             schema: the fields of a row.
             statistics: of the training rows, for the frequencies.
+            oov_dropout: a > 0 replaces an id that its table saw n times in training by the
+                out-of-vocabulary id with probability a / (a + n), for everything that the model sees
+                and reconstructs. Whether it does is a hash of (noise seed, row id, place in the row).
+                The rates of lookups are those under dropout.
         """
         self.schema = schema
         self.encoded_schema = encoded_schema(schema)
-        self._num_rows = statistics.num_rows
         self._keys = [token.key for token in schema.tokens]
         token_fields = [schema.field(token.field) for token in schema.tokens]
         priors = {name: statistics.log_prior(name) for name in schema.field_names}
-        rates = {owner.name: statistics.log_rate(owner.name) for owner in schema.table_owners}
+        tables = [owner.name for owner in schema.table_owners]
+        rates = {name: statistics.log_rate(name, oov_dropout) for name in tables}
         self._log_prior, prior_segments = _flatten(priors)
         self._log_rate, rate_segments = _flatten(rates)
+        self._dropout: NDArray[np.float32] | None = None
+        if oov_dropout:
+            lookups = {name: statistics.lookups(name) for name in tables}
+            self._dropout, _ = _flatten({n: drop_probability(lookups[n], oov_dropout) for n in tables})
         self._prior_starts = np.array([prior_segments[f.name] for f in token_fields])[:, None]
         self._rate_starts = np.array([rate_segments[f.table_name] for f in token_fields])[:, None]
         self._num_ids = np.array([len(rates[f.table_name]) for f in token_fields])[:, None]
@@ -95,7 +104,6 @@ class Batcher:
         strata: NDArray[np.float32],
         noise_seed: int,
         cursor: Cursor,
-        oov_dropout: float = 0.0,
     ) -> Batch:
         """Makes the batch of all B rows of an encoded table.
 
@@ -104,9 +112,6 @@ class Batcher:
             strata: [B] place of each row in the global batch, in (0, 1).
             noise_seed: seed of this epoch's noise.
             cursor: where the reader stands after this batch.
-            oov_dropout: a > 0 replaces an id that its table saw n times in training by the
-                out-of-vocabulary id with probability a / (a + n), for everything that the model sees
-                and reconstructs. Whether it does is a hash of (noise_seed, row id, place in the row).
 
         Raises:
             DataError: an id lies outside its embedding table: the rows were encoded with other statistics.
@@ -114,8 +119,8 @@ class Batcher:
         ids, bags = self._read_ids(table)
         self._check_range(ids, bags)
         row_ids = _column(table, ROW_ID).astype(np.int64)
-        if oov_dropout:
-            self._drop_rare(ids, bags, row_ids, noise_seed, oov_dropout)
+        if self._dropout is not None:
+            self._drop_rare(self._dropout, ids, bags, row_ids, noise_seed)
         log_prior = self._look_up(self._log_prior, self._prior_starts, ids, bags)
         log_rate = self._look_up(self._log_rate, self._rate_starts, ids, bags)
         return Batch(
@@ -195,33 +200,21 @@ class Batcher:
 
     def _drop_rare(
         self,
+        dropout: NDArray[np.float32],
         ids: NDArray[np.int64],
         bags: dict[int, _Bags],
         row_ids: NDArray[np.int64],
         noise_seed: int,
-        strength: float,
     ) -> None:
         """Replaces rare ids by the out-of-vocabulary id, in place. Every value of a row has its own draw."""
         salt = noise_seed ^ _DROPOUT_SALT
         counters = row_ids * self._num_slots
         for token, bag in bags.items():
             slots = counters[bag.rows] + self._first_slots[token] + bag.places
-            self._replace(bag.values, self._rate_starts[token], slots, salt, strength)
-        self._replace(ids, self._rate_starts, counters + self._first_slots, salt, strength)
-
-    def _replace(
-        self,
-        ids: NDArray[np.int64],
-        starts: NDArray[np.int64],
-        slots: NDArray[np.int64],
-        salt: int,
-        strength: float,
-    ) -> None:
-        seen = np.exp(self._log_rate.take(ids + (starts + 1), mode="clip")) * self._num_rows
-        # A whole number up to rounding, or the half that stands for never seen.
-        counts = np.floor(seen + 0.25)
-        drawn = uniform(slots, salt) * (strength + counts) < strength
-        ids[drawn & (ids >= NUM_RESERVED_IDS)] = ReservedId.OUT_OF_VOCABULARY
+            probability = dropout.take(bag.values + (self._rate_starts[token] + 1), mode="clip")
+            bag.values[uniform(slots, salt) < probability] = ReservedId.OUT_OF_VOCABULARY
+        probability = dropout.take(ids + (self._rate_starts + 1), mode="clip")
+        ids[uniform(counters + self._first_slots, salt) < probability] = ReservedId.OUT_OF_VOCABULARY
 
     def _kjt(self, ids: NDArray[np.int64], bags: dict[int, _Bags]) -> KeyedJaggedTensor:
         filled = ids != _NO_ID
@@ -261,7 +254,7 @@ def encoded_schema(schema: Schema) -> pa.Schema:
 
 
 def _flatten(
-    arrays: dict[str, NDArray[np.float32]],
+    arrays: dict[str, NDArray[np.floating[Any]]],
 ) -> tuple[NDArray[np.float32], dict[str, int]]:
     """One array of segments, each a zero and then the array; and where each segment starts."""
     starts, total = {}, 0

@@ -50,7 +50,6 @@ class Reader:
         pad: bool,
         columns: Sequence[str],
         encode: Encode | None = None,
-        oov_dropout: float = 0.0,
     ):
         """Checks that the split can be shared out; reads nothing yet.
 
@@ -69,7 +68,6 @@ class Reader:
                 rows that do not fill all lanes.
             columns: columns to read from the row groups.
             encode: encodes rows as they are read; None for encoded shards.
-            oov_dropout: see `Batcher.make`.
 
         Raises:
             ConfigError: lanes that cannot be shared by the ranks, or a batch by the lanes.
@@ -92,7 +90,6 @@ class Reader:
         self._pad = pad
         self._columns = list(columns)
         self._encode = encode
-        self._oov_dropout = oov_dropout
         plan = self._plan(epoch=0)
         self.num_rows = plan.num_rows
         """Rows of the split."""
@@ -166,7 +163,6 @@ class Reader:
                     self._strata(num_rows),
                     noise_seed,
                     Cursor(epoch, position),
-                    self._oov_dropout,
                 )
 
     def _strata(self, rows_per_lane: int) -> NDArray[np.float32]:
@@ -256,7 +252,7 @@ def open_reader(
         batch_size: rows of a step over all ranks.
         train: whether to train on the rows, or to evaluate them.
         seed: of the shuffle and of the noise.
-        oov_dropout: see `Batcher.make`.
+        oov_dropout: see `Batcher`.
         encoder: encodes raw rows; needed if and only if `data.encode` is `on_the_fly`.
 
     Raises:
@@ -266,7 +262,7 @@ def open_reader(
     data = config.data
     if (data.encode == "on_the_fly") != (encoder is not None):
         raise ValueError(f"`data.encode: {data.encode}` and encoder {encoder!r} do not fit")
-    batcher = Batcher(config.features, statistics)
+    batcher = Batcher(config.features, statistics, oov_dropout)
     if encoder is None:
         patterns: Sequence[str] = (f"{data.prepared_dir.rstrip('/')}/{split}/*.parquet",)
         columns: Sequence[str] = batcher.encoded_schema.names
@@ -289,7 +285,6 @@ def open_reader(
         pad=not train,
         columns=columns,
         encode=encoder.encode if encoder is not None else None,
-        oov_dropout=oov_dropout,
     )
 
 

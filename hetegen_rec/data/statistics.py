@@ -105,15 +105,27 @@ class Statistics:
         shares: npt.NDArray[np.float64] = np.log(np.maximum(counts, _UNSEEN_COUNT) / total)
         return shares.astype(np.float32)
 
-    def log_rate(self, table: str) -> npt.NDArray[np.float32]:
+    def lookups(self, table: str) -> npt.NDArray[np.float64]:
+        """[num_ids] lookups of each table row in all training rows, over all fields on the table.
+
+        A missing value looks up row 0, an absent sequence position nothing.
+        """
+        on_table = [field.counts for field in self.fields.values() if field.table == table]
+        counts: npt.NDArray[np.float64] = np.sum(on_table, axis=0, dtype=np.float64)
+        return counts
+
+    def log_rate(self, table: str, oov_dropout: float = 0.0) -> npt.NDArray[np.float32]:
         """[num_ids] log expected lookups of each table row by one training row.
 
-        Over all fields on the table; a missing value looks up row 0, an absent sequence position
-        nothing. Never below half a lookup in all training rows.
+        Under dropout an id gives `drop_probability` of its lookups to the out-of-vocabulary row.
+        Never below half a lookup in all training rows.
         """
-        on_table = (field.counts for field in self.fields.values() if field.table == table)
-        counts = np.maximum(np.sum(list(on_table), axis=0, dtype=np.float64), _UNSEEN_COUNT)
-        rates: npt.NDArray[np.float64] = np.log(counts / max(self.num_rows, 1))
+        counts = self.lookups(table)
+        if oov_dropout:
+            dropped = counts * drop_probability(counts, oov_dropout)
+            counts -= dropped
+            counts[ReservedId.OUT_OF_VOCABULARY] += dropped.sum()
+        rates: npt.NDArray[np.float64] = np.log(np.maximum(counts, _UNSEEN_COUNT) / max(self.num_rows, 1))
         return rates.astype(np.float32)
 
     @cached_property
@@ -148,6 +160,18 @@ class Statistics:
             raise DataError(f"{path}: no such file; run prepare first") from error
         fields = [FieldStatistics.load(Path(directory), plain) for plain in content["fields"]]
         return cls(content["num_rows"], content["num_positives"], {field.name: field for field in fields})
+
+
+def drop_probability(lookups: npt.NDArray[np.float64], oov_dropout: float) -> npt.NDArray[np.float64]:
+    """How likely each id is replaced by out-of-vocabulary: a / (a + n), and 0 for reserved ids.
+
+    Args:
+        lookups: [num_ids] n, as `Statistics.lookups` has it.
+        oov_dropout: a > 0.
+    """
+    probability = oov_dropout / (oov_dropout + lookups)
+    probability[:NUM_RESERVED_IDS] = 0.0
+    return probability
 
 
 def write_statistics(

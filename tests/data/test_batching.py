@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hetegen_rec.config.schema import Schema
 from hetegen_rec.data.batch import Cursor
 from hetegen_rec.data.batching import Batcher, encoded_schema
+from hetegen_rec.data.statistics import FieldStatistics, Statistics
 
 SCHEMA = Schema.model_validate(
     {
@@ -33,17 +34,18 @@ NUM_TRAINING_ROWS = 1000
 class FakeStatistics:
     """Frequencies that tell all fields, tables and ids apart."""
 
-    def __init__(self, occurrences=None, num_rows=NUM_TRAINING_ROWS):
+    def __init__(self, occurrences=None):
         self.occurrences = occurrences or {}
-        self.num_rows = num_rows
 
     def log_prior(self, field):
         place = SCHEMA.field_names.index(field)
         return -(place + 1 + np.arange(NUM_IDS[SCHEMA.field(field).table_name], dtype=np.float32) / 16)
 
-    def log_rate(self, table):
-        counts = self.occurrences.get(table, np.arange(NUM_IDS[table]) + 1)
-        return np.log(np.maximum(counts, 0.5) / self.num_rows).astype(np.float32)
+    def lookups(self, table):
+        return self.occurrences.get(table, np.arange(NUM_IDS[table]) + 1).astype(np.float64)
+
+    def log_rate(self, table, oov_dropout=0.0):
+        return np.log(np.maximum(self.lookups(table), 0.5) / NUM_TRAINING_ROWS).astype(np.float32)
 
 
 def ids_of(table):
@@ -82,8 +84,8 @@ def table_of(rows, first_row_id=0):
 
 def make(table, statistics=None, noise_seed=1, oov_dropout=0.0):
     strata = ((np.arange(table.num_rows) + 0.5) / table.num_rows).astype(np.float32)
-    batcher = Batcher(SCHEMA, statistics or FakeStatistics())
-    return batcher.make(table, strata, noise_seed, Cursor(2, 5), oov_dropout)
+    batcher = Batcher(SCHEMA, statistics or FakeStatistics(), oov_dropout)
+    return batcher.make(table, strata, noise_seed, Cursor(2, 5))
 
 
 def bags_of(row):
@@ -198,9 +200,8 @@ def test_dropout_replaces_an_id_seen_n_times_with_probability_a_over_a_plus_n():
     assert torch.equal(bags[:, 0], batch.ids[:, keys.index("genres")])
 
 
-@pytest.mark.parametrize("num_rows", [7, 1000, 12_345, 999_983, 10**8])
-def test_dropout_spares_reserved_ids_and_always_takes_unseen_ones(num_rows):
-    statistics = FakeStatistics({"user": np.zeros(7)}, num_rows)
+def test_dropout_spares_reserved_ids_and_always_takes_unseen_ones():
+    statistics = FakeStatistics({"user": np.zeros(7)})
     batch = make(many_rows(50), statistics, oov_dropout=0.5)
     assert (batch.ids[:, 0] == 1).all()
     assert (batch.ids[:, -1] == 0).all()
@@ -228,3 +229,46 @@ def test_frequencies_are_those_of_the_replaced_ids():
     statistics = FakeStatistics({"user": np.zeros(7)})
     batch = make(many_rows(5), statistics, oov_dropout=1.0)
     assert batch.log_prior[0, 0] == statistics.log_prior("user")[1]
+
+
+def shared_table_log(first_id):
+    """60 rows whose items and histories share a table of skewed ids from `first_id` up; its statistics."""
+    rng = np.random.default_rng(0)
+    row = {"user": 2, "genres": [2], "tags": [2], "age": 2, "__label": 0.0}
+    items = np.minimum(first_id + rng.geometric(0.4, (60, 3)) - 1, NUM_IDS["item"] - 1).tolist()
+    rows = [{**row, "item": item, "history": history} for item, *history in items]
+    fields = {}
+    for field in SCHEMA.fields:
+        ids = np.hstack([row[field.name] for row in rows])
+        counts = np.bincount(ids, minlength=NUM_IDS[field.table_name])
+        fields[field.name] = FieldStatistics(
+            name=field.name,
+            num_values=len(ids),
+            num_missing=0,
+            num_out_of_vocabulary=0,
+            cardinality=0,
+            num_ids=len(counts),
+            entropy=0.0,
+            counts=counts,
+            table=field.table_name,
+        )
+    return table_of(rows), Statistics(len(rows), 0, fields)
+
+
+@pytest.mark.parametrize("first_id", [0, 2], ids=["reserved ids in training", "none in training"])
+@pytest.mark.parametrize("oov_dropout", [0.0, 0.5, 1.0])
+def test_lookups_weighted_by_their_rate_count_every_table_row_once_in_the_mean(oov_dropout, first_id):
+    table, statistics = shared_table_log(first_id)
+    weights, num_epochs = np.zeros(NUM_IDS["item"]), 500
+    batcher = Batcher(SCHEMA, statistics, oov_dropout)
+    strata = np.full(table.num_rows, 0.5, np.float32)
+    on_table = [t for t, token in enumerate(SCHEMA.tokens) if token.field in ("item", "history")]
+    for epoch in range(num_epochs):
+        batch = batcher.make(table, strata, epoch, Cursor(epoch, 0))
+        ids, log_rate = batch.ids[:, on_table].numpy(), batch.log_rate[:, on_table].numpy()
+        present = ids >= 0
+        np.add.at(weights, ids[present], np.exp(-log_rate[present]) / table.num_rows)
+    looked_up = statistics.lookups("item") > 0
+    looked_up[1] |= oov_dropout > 0
+    assert weights[looked_up] / num_epochs == pytest.approx(1.0, abs=0.1)
+    assert (weights[~looked_up] == 0).all()

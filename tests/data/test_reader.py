@@ -35,12 +35,13 @@ NUM_IDS = 50
 class FlatStatistics:
     """Every id is as frequent as any other."""
 
-    num_rows = 100
-
     def log_prior(self, field):
         return np.zeros(NUM_IDS, dtype=np.float32)
 
-    def log_rate(self, table):
+    def lookups(self, table):
+        return np.full(NUM_IDS, 2.0)
+
+    def log_rate(self, table, oov_dropout=0.0):
         return np.full(NUM_IDS, -4.0, dtype=np.float32)
 
 
@@ -87,7 +88,7 @@ def shards(tmp_path_factory):
     return write_shards(tmp_path_factory.mktemp("encoded"), [20, 0, 31, 7, 1, 24])
 
 
-def open_shards(shards, **changes):
+def open_shards(shards, oov_dropout=0.0, **changes):
     arguments = {
         "rank": 0,
         "world_size": 1,
@@ -100,7 +101,8 @@ def open_shards(shards, **changes):
         "pad": False,
         "columns": encoded_schema(SCHEMA).names,
     }
-    return Reader(shards.row_groups, Batcher(SCHEMA, FlatStatistics()), **{**arguments, **changes})
+    batcher = Batcher(SCHEMA, FlatStatistics(), oov_dropout)
+    return Reader(shards.row_groups, batcher, **{**arguments, **changes})
 
 
 def contents(batch):

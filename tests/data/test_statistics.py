@@ -144,6 +144,14 @@ def test_priors_and_rates_are_logs_of_shares() -> None:
     assert statistics.log_prior("item").dtype == statistics.log_rate("item").dtype == np.float32
 
 
+def test_rates_under_dropout_move_lookups_to_the_out_of_vocabulary_row() -> None:
+    rows = [row(item=1, history=[2, 2]), row(item=1, history=[2]), row(item=2), row()]
+    rates = np.exp(statistics_of(rows).log_rate("item", oov_dropout=4.0))
+    # The ids were looked up 4 and 2 times, of which 4 * 4/8 and 2 * 4/6 go; 2 * 2/6 stay of the second.
+    assert rates == pytest.approx([1 / 4, (2 + 4 / 3) / 4, 2 / 4, (2 / 3) / 4])
+    assert np.exp(statistics_of(rows).log_rate("item", 1e6)[2:]) == pytest.approx([0.5 / 4] * 2)
+
+
 def test_entropy_is_that_of_the_ids() -> None:
     rows = [row(item=item) for item in (1, 1, 2, 2, 9)]
     assert statistics_of(rows).fields["item"].entropy == pytest.approx(math.log(2))
