@@ -124,7 +124,7 @@ def test_a_failed_save_reaches_every_rank_and_leaves_no_checkpoint(
     directory: Path, written: list[dict[str, Any]]
 ) -> None:
     assert written[0]["error"].startswith("TypeError")
-    assert written[1]["error"].startswith("DistributedError: finishing")
+    assert written[1]["error"].startswith("PeerFailedError: finishing")
     assert written[0]["latest"] == written[1]["latest"] == directory / f"step-{TRAINED}"
     assert not (directory / f"step-{TRAINED + 1}").exists()
 
