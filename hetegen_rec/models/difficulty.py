@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from hetegen_rec.config.run import BalanceConfig
 
 _MIN_CROSS_ENTROPY = 1e-3
+_MAX_AGAINST_BASELINE = 2.0
+"""More than the 1 that `informative` counts at most, so that noise around 1 keeps its mean."""
 
 
 @dataclass
@@ -42,8 +44,13 @@ class FieldLosses:
 
     @property
     def against_baseline(self) -> Tensor:
-        """[F, K]: the loss relative to that of the field's marginal distribution."""
-        return (self.cross_entropy + _MIN_CROSS_ENTROPY) / self.baseline[:, None]
+        """[F, K]: the loss relative to that of the field's marginal distribution, at most 2.
+
+        The entropy of a nearly constant field is next to nothing; unbounded, the ratio would throw
+        the field's scalar far up in one step.
+        """
+        ratio = (self.cross_entropy + _MIN_CROSS_ENTROPY) / self.baseline[:, None]
+        return ratio.clamp(max=_MAX_AGAINST_BASELINE)
 
     @property
     def seen(self) -> Tensor:

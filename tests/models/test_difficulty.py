@@ -117,6 +117,19 @@ def test_informative_prefers_neither_the_solved_nor_the_unlearnable_field():
     assert weights[1] > 2 * weights[2]
 
 
+def test_informative_moves_a_nearly_constant_field_no_faster_than_the_others():
+    losses = field_losses([3.0, 3.0], baseline=[1e-3, 1.0])
+    difficulty = calibrate(make_difficulty(2, BalanceConfig(form="informative")), losses, 1, lr=0.01)
+    torch.testing.assert_close(difficulty.scalars, torch.full((2, 1), 0.01))
+
+
+def test_informative_takes_a_loss_that_varies_around_the_entropy_as_unlearnable():
+    difficulty = make_difficulty(1, BalanceConfig(form="informative"))
+    for loss in (0.7, 1.3) * 500:
+        calibrate(difficulty, field_losses([loss], baseline=[1.0]), 1, lr=0.01)
+    assert difficulty.scalars.item() == pytest.approx(0.0, abs=0.01)
+
+
 def test_progress_prefers_the_field_that_is_still_being_learnt():
     difficulty = make_difficulty(2, BalanceConfig(form="progress"))
     for step in range(100):
