@@ -123,7 +123,7 @@ class Aligned(Difficulty):
     @torch.no_grad()
     def observe(self, losses: FieldLosses, probe: Probe | None) -> None:
         """Averages over probes."""
-        if probe is not None:
+        if probe is not None and probe.alignment is not None:
             self.alignment.lerp_(probe.alignment, 1.0 - _PROBE_MEMORY)
 
 

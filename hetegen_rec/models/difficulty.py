@@ -68,8 +68,8 @@ class Probe:
 
     norms: Tensor
     """[F]: norm of the gradient of each field's relative loss."""
-    alignment: Tensor
-    """[F]: cosine with the gradient of the click loss, in [-1, 1]."""
+    alignment: Tensor | None
+    """[F]: cosine with the gradient of the label loss, in [-1, 1]; None if the label is not in the set."""
 
 
 class Difficulty(nn.Module):

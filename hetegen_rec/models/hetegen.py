@@ -172,7 +172,7 @@ class HeteGenNetwork(nn.Module):
         rows = self.reconstruction(hidden, tokens, batch, corrupted, noise)
         local, fields = self._reduce(rows, corrupted)
         probe = None
-        label = self._label_loss(hidden, batch, corrupted)
+        label = self._label_loss(hidden, batch, corrupted) if self.config.noise.label_in_set else None
         if self.difficulty.wants_probe and self._is_probe_step(batch):
             probe = self._probe(local, fields, label)
         self.difficulty.observe(fields, probe)
@@ -181,7 +181,7 @@ class HeteGenNetwork(nn.Module):
             "generative": weighted.sum() / len(self.fields),
             "calibration": self.difficulty.calibration(fields),
         }
-        if self.config.noise.label_in_set:
+        if label is not None:
             terms["label"] = label
         return terms, fields
 
@@ -223,17 +223,19 @@ class HeteGenNetwork(nn.Module):
         """One step in `probe_every`, chosen without state and equally on every rank."""
         return uniform_of_batch(batch) * self.config.balance.probe_every < 1.0
 
-    def _probe(self, local: Tensor, fields: FieldLosses, label: Tensor) -> Probe:
-        """Gradients of every field's loss and of the click loss on the last shared weight."""
+    def _probe(self, local: Tensor, fields: FieldLosses, label: Tensor | None) -> Probe:
+        """Gradients of every field's loss and of the label loss on the last shared weight."""
         weight = self.denoiser.shared_weight
-        losses = [*(local.sum(1) / fields.chance), label]
+        losses = [*(local.sum(1) / fields.chance)]
+        if label is not None:
+            losses.append(label)
         rows = [torch.autograd.grad(loss, weight, retain_graph=True)[0].flatten() for loss in losses]
         gradients = mean_over_ranks(torch.stack(rows).float())
-        *of_fields, of_clicks = gradients
-        stacked = torch.stack(of_fields)
-        norms = stacked.norm(dim=1)
-        cosine = functional.cosine_similarity(stacked, of_clicks[None], dim=1)
-        return Probe(norms, cosine)
+        of_fields = gradients[: len(self.fields)]
+        norms = of_fields.norm(dim=1)
+        if label is None:
+            return Probe(norms, alignment=None)
+        return Probe(norms, functional.cosine_similarity(of_fields, gradients[-1:], dim=1))
 
 
 def build_model(

@@ -53,6 +53,27 @@ def test_without_the_label_in_the_set_there_is_no_label_term():
     assert set(make_model(log(), "pretrain", config)(log().batch())[1].terms) == GENERATIVE - {"label"}
 
 
+@pytest.mark.parametrize("form", ["difficulty", "gradnorm"])
+def test_without_the_label_in_the_set_nothing_predicts_it(form):
+    config = model_config(noise={"label_in_set": False}, balance={"form": form, "probe_every": 1})
+    model = make_model(log(), "pretrain", config)
+    predictions = []
+    model.network.label_head.register_forward_hook(lambda *call: predictions.append(call))
+    model(log().batch())
+    assert predictions == []
+
+
+def test_a_probe_without_the_label_in_the_set_measures_the_fields_alone():
+    config = model_config(noise={"label_in_set": False}, balance={"form": "gradnorm", "probe_every": 1})
+    model = make_model(log(), "pretrain", config)
+    probes = []
+    model.network.difficulty.observe = lambda fields, probe: probes.append(probe)
+    model(log().batch())
+    assert probes[0].norms.shape == (len(model.network.fields),)
+    assert (probes[0].norms > 0).all()
+    assert probes[0].alignment is None
+
+
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("head", ["mlp", "label_token"])
 @pytest.mark.parametrize("label_in_set", [True, False])
