@@ -75,13 +75,13 @@ class Batcher:
             oov_dropout: a > 0 replaces an id that its table saw n times in training by the
                 out-of-vocabulary id with probability a / (a + n), for everything that the model sees
                 and reconstructs. Whether it does is a hash of (noise seed, row id, place in the row).
-                The rates of lookups are those under dropout.
+                The frequencies are those under dropout.
         """
         self.schema = schema
         self.encoded_schema = encoded_schema(schema)
         self._keys = [token.key for token in schema.tokens]
         token_fields = [schema.field(token.field) for token in schema.tokens]
-        priors = {name: statistics.log_prior(name) for name in schema.field_names}
+        priors = {name: statistics.log_prior(name, oov_dropout) for name in schema.field_names}
         tables = [owner.name for owner in schema.table_owners]
         rates = {name: statistics.log_rate(name, oov_dropout) for name in tables}
         self._log_prior, prior_segments = _flatten(priors)

@@ -94,13 +94,16 @@ class Statistics:
         """Rows of an embedding table, by the field that owns it."""
         return self.fields[table].num_ids
 
-    def log_prior(self, field: str) -> npt.NDArray[np.float32]:
+    def log_prior(self, field: str, oov_dropout: float = 0.0) -> npt.NDArray[np.float32]:
         """[num_ids] log share of each id among the field's in-vocabulary training values.
 
-        Reserved and unseen ids get the log share of half an occurrence.
+        Under dropout the values that keep their id count. Reserved and unseen ids get the log share
+        of half an occurrence.
         """
         counts = self.fields[field].counts.astype(np.float64)
         counts[:NUM_RESERVED_IDS] = 0
+        if oov_dropout:
+            counts *= 1.0 - drop_probability(self.lookups(self.fields[field].table), oov_dropout)
         total = max(counts.sum(), 1.0)
         shares: npt.NDArray[np.float64] = np.log(np.maximum(counts, _UNSEEN_COUNT) / total)
         return shares.astype(np.float32)

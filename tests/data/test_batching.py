@@ -37,7 +37,7 @@ class FakeStatistics:
     def __init__(self, occurrences=None):
         self.occurrences = occurrences or {}
 
-    def log_prior(self, field):
+    def log_prior(self, field, oov_dropout=0.0):
         place = SCHEMA.field_names.index(field)
         return -(place + 1 + np.arange(NUM_IDS[SCHEMA.field(field).table_name], dtype=np.float32) / 16)
 

@@ -35,7 +35,7 @@ NUM_IDS = 50
 class FlatStatistics:
     """Every id is as frequent as any other."""
 
-    def log_prior(self, field):
+    def log_prior(self, field, oov_dropout=0.0):
         return np.zeros(NUM_IDS, dtype=np.float32)
 
     def lookups(self, table):

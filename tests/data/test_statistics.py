@@ -12,7 +12,7 @@ from hetegen_rec.data import accumulators
 from hetegen_rec.data.accumulators import DistinctSketch, Histogram
 from hetegen_rec.data.hashing import mix64
 from hetegen_rec.data.raw import DataError
-from hetegen_rec.data.statistics import Accumulator, Statistics, summarise_table
+from hetegen_rec.data.statistics import Accumulator, FieldStatistics, Statistics, summarise_table
 from hetegen_rec.data.vocabulary import ExactVocabulary
 
 SCHEMA = Schema.model_validate(
@@ -263,3 +263,11 @@ def test_vocabulary_lookup_survives_equal_hashes(monkeypatch) -> None:
     )
     strangers = pa.array(["p", "q"], pa.large_string())
     assert vocabulary.lookup(strangers).tolist() == [1, 1]
+
+
+def test_priors_under_dropout_are_shares_of_the_values_that_keep_their_id():
+    counts = np.array([3, 5, 8, 2], np.int64)
+    field = FieldStatistics("item", 10, 3, 5, 4, 4, 0.5, counts)
+    statistics = Statistics(18, 9, {"item": field})
+    kept = np.array([8 * 8 / 10, 2 * 2 / 4])
+    np.testing.assert_allclose(np.exp(statistics.log_prior("item", 2.0)[2:]), kept / kept.sum(), rtol=1e-6)
