@@ -57,6 +57,7 @@ from hetegen_rec.data.statistics import (
     write_statistics,
 )
 from hetegen_rec.data.workers import Workers
+from hetegen_rec.files import replace_directory
 
 logger = logging.getLogger(__name__)
 
@@ -213,7 +214,7 @@ def _staged(config: RunConfig, workers: Workers) -> Iterator[Path]:
         yield partial
         with workers.together("moving the prepared data into place"):
             if workers.rank == 0:
-                _replace(final, partial)
+                replace_directory(partial, final)
     finally:
         if workers.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -225,15 +226,6 @@ def _refuse_foreign(final: Path) -> None:
         raise DataError(
             f"{final}: exists and was not written by prepare; set `data.prepared_dir` to a new directory"
         )
-
-
-def _replace(final: Path, partial: Path) -> None:
-    old = final.with_name(f".{final.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        final.rename(old)
-    partial.rename(final)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 @dataclass

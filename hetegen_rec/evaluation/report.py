@@ -3,8 +3,6 @@
 import base64
 import html
 import logging
-import os
-import tempfile
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -15,6 +13,7 @@ from hetegen_rec.evaluation.report_sections import PlotCard, Section, sections_o
 from hetegen_rec.evaluation.report_words import verdict
 from hetegen_rec.evaluation.results import STAGE_TITLES, compare_with_scratch, headline_split
 from hetegen_rec.evaluation.run_record import RunRecord, read_run
+from hetegen_rec.files import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -38,15 +37,7 @@ def write_report(run_dir: str | Path) -> Path:
     if not record.stages:
         raise EvaluationError(f"{run_dir}: no stage has a log or an evaluation yet; train one first")
     path = Path(run_dir) / FILE_NAME
-    handle, draft = tempfile.mkstemp(prefix=f".{FILE_NAME}-", dir=run_dir)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(render(record))
-        os.chmod(draft, 0o644)
-        os.replace(draft, path)
-    except BaseException:
-        Path(draft).unlink(missing_ok=True)
-        raise
+    write_whole(path, render(record))
     logger.info("report written to %s", path)
     return path
 

@@ -2,8 +2,6 @@
 
 import json
 import logging
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +11,7 @@ from hetegen_rec.config.run import Stage
 from hetegen_rec.evaluation.errors import EvaluationError
 from hetegen_rec.evaluation.metrics import relative_improvement
 from hetegen_rec.evaluation.significance import Interval, auc_difference_interval, read_predictions
+from hetegen_rec.files import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -42,17 +41,8 @@ def write_evaluation(stage_dir: Path, evaluation: StageEvaluation) -> Path:
     """Writes evaluation.json in one piece: a reader sees the old file or the new one."""
     path = stage_dir / FILE_NAME
     stage_dir.mkdir(parents=True, exist_ok=True)
-    handle, draft = tempfile.mkstemp(prefix=f".{FILE_NAME}-", dir=stage_dir)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            # NaN is not JSON, and no metric may be one.
-            json.dump(evaluation, file, indent=2, allow_nan=False)
-            file.write("\n")
-        os.chmod(draft, 0o644)
-        os.replace(draft, path)
-    except BaseException:
-        Path(draft).unlink(missing_ok=True)
-        raise
+    # NaN is not JSON, and no metric may be one.
+    write_whole(path, json.dumps(evaluation, indent=2, allow_nan=False) + "\n")
     return path
 
 

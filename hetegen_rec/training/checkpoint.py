@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from torchrec.optim.keyed import KeyedOptimizer
 from hetegen_rec.config.schema import Schema
 from hetegen_rec.distributed.runtime import Runtime
 from hetegen_rec.distributed.sharding import global_shape, table_weights
+from hetegen_rec.files import replace_directory, write_whole
 
 FORMAT_VERSION = 1
 
@@ -151,7 +151,7 @@ class Checkpoints:
         with self._runtime.together(f"finishing {final}"):
             if self._runtime.is_main:
                 _write_json(partial / _METADATA, description)
-                _replace_directory(partial, final)
+                replace_directory(partial, final)
                 self._prune()
         return final
 
@@ -237,22 +237,7 @@ class Checkpoints:
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Writes a file that is either its old self or complete, also after a crash."""
-    partial = path.with_suffix(".tmp")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(values, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
-def _replace_directory(source: Path, target: Path) -> None:
-    replaced = target.with_name(f"{target.name}.old")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if target.exists():
-        target.rename(replaced)
-    source.rename(target)
-    shutil.rmtree(replaced, ignore_errors=True)
+    write_whole(path, json.dumps(values, indent=1))
 
 
 def _tensor_shapes(state: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[int, ...]]:

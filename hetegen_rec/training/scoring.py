@@ -18,6 +18,7 @@ from hetegen_rec.distributed.runtime import Runtime
 from hetegen_rec.evaluation.gather import evaluate_predictions
 from hetegen_rec.evaluation.predictions import Predictions
 from hetegen_rec.evaluation.slices import head_threshold
+from hetegen_rec.files import replace_directory
 from hetegen_rec.models.hetegen import Outputs
 
 
@@ -85,5 +86,4 @@ def write_predictions(
         pq.write_table(pa.table(columns), path, compression="zstd")
     with runtime.together(f"finishing {directory}"):
         if runtime.is_main:
-            shutil.rmtree(directory, ignore_errors=True)
-            partial.rename(directory)
+            replace_directory(partial, directory)

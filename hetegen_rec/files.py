@@ -1,0 +1,28 @@
+"""Files and directories that appear whole or not at all: a reader sees the old one or the new one."""
+
+import os
+import shutil
+from pathlib import Path
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text file in one piece, on disk before it gets its name; one process writes it."""
+    draft = path.with_name(f".{path.name}.draft")
+    try:
+        with draft.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def replace_directory(source: Path, target: Path) -> None:
+    """Moves a finished directory to its place, where an earlier one may stand; both on one file system."""
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    source.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
