@@ -2,7 +2,7 @@
 
 import logging
 import time
-from types import TracebackType
+from typing import TypeVar
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
@@ -13,8 +13,23 @@ logger = logging.getLogger(__name__)
 SECONDS_BETWEEN_LINES = 15.0
 """Where the output is no terminal (a log file, torchx)."""
 
+_Shown = TypeVar("_Shown", bound="_LiveBar")
 
-class StageProgress:
+
+class _LiveBar:
+    """Context in which a bar is on the screen; it stays there as it stands at the end."""
+
+    _bar: Progress
+
+    def __enter__(self: _Shown) -> _Shown:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()
+
+
+class StageProgress(_LiveBar):
     """Progress of a stage on rank 0: steps, samples/s, loss, time left, and the latest evaluation."""
 
     def __init__(self, title: str, total_steps: int, *, enabled: bool) -> None:
@@ -56,21 +71,8 @@ class StageProgress:
         if self._enabled and not self._has_bar:
             logger.info("%s: %s", self._title, text)
 
-    def __enter__(self) -> "StageProgress":
-        self._bar.start()
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Leaves the bar as it stands."""
-        self._bar.stop()
-
-
-class RowsProgress:
+class RowsProgress(_LiveBar):
     """Progress of the passes of `prepare` on rank 0: a bar of rows for each pass, on a terminal only.
 
     An instance is what `prepare` wants as `progress`; elsewhere the log of the passes is enough.
@@ -93,16 +95,3 @@ class RowsProgress:
         if phase not in self._tasks:
             self._tasks[phase] = self._bar.add_task(phase, total=total)
         self._bar.update(self._tasks[phase], completed=done)
-
-    def __enter__(self) -> "RowsProgress":
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Leaves the bars as they stand."""
-        self._bar.stop()
