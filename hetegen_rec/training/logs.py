@@ -3,10 +3,19 @@
 import json
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TextIO
 
 from torch.utils.tensorboard.writer import SummaryWriter
+
+_FIELD_CURVES = {
+    "loss": "field_loss",
+    "relative": "field_relative_loss_r",
+    "difficulty": "field_difficulty_s",
+    "weight": "field_weight_w",
+}
+"""TensorBoard's groups of the values that a line of the log gives for every field."""
+_POSITIONS = ("epoch", "rows")
+"""Where a line stands in training: no curves."""
 
 
 class RunLog:
@@ -38,12 +47,7 @@ class RunLog:
     def __enter__(self) -> "RunLog":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         """Closes the files."""
         if self._file is not None:
             self._file.close()
@@ -52,17 +56,17 @@ class RunLog:
 
 
 def _flatten(values: dict[str, Any], prefix: str) -> list[tuple[str, float]]:
-    """Curves by path; per-field values are grouped by quantity: `weight/<field>`."""
+    """Curves by path; per-field values are grouped by quantity: `field_weight_w/<field>`."""
     curves: list[tuple[str, float]] = []
     for key, value in values.items():
         if key == "fields":
             curves += [
-                (f"{quantity}/{name}", number)
+                (f"{_FIELD_CURVES[quantity]}/{name}", number)
                 for name, numbers in value.items()
                 for quantity, number in numbers.items()
             ]
         elif isinstance(value, dict):
             curves += _flatten(value, f"{prefix}/{key}")
-        elif isinstance(value, int | float):
+        elif isinstance(value, int | float) and key not in _POSITIONS:
             curves.append((f"{prefix}/{key}", float(value)))
     return curves

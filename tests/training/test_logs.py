@@ -1,0 +1,47 @@
+"""What a stage writes down: lines of log.jsonl, and the same numbers as named curves."""
+
+import json
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from hetegen_rec.training.logs import RunLog
+
+LINE = {
+    "epoch": 0.5,
+    "rows": 640,
+    "samples_per_second": 1000.0,
+    "loss": 1.5,
+    "terms": {"generative": 0.9, "label": 0.6},
+    "fields": {"user_id": {"loss": 5.0, "relative": 0.9, "difficulty": -0.1, "weight": 1.1}},
+    "learning_rate": {"tables": 0.05, "dense": 1e-3},
+}
+
+
+def test_every_number_of_a_line_is_a_curve_with_a_name_that_says_what_it_is(tmp_path):
+    with RunLog(tmp_path, enabled=True, tensorboard=True) as log:
+        log.write("train", 10, LINE)
+        log.write("evaluation", 10, {"epoch": 0.5, "split": "valid", "auc": 0.75})
+    curves = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    found = {tag: round(curves.Scalars(tag)[0].value, 4) for tag in curves.Tags()["scalars"]}
+    assert found == {
+        "train/samples_per_second": 1000.0,
+        "train/loss": 1.5,
+        "train/terms/generative": 0.9,
+        "train/terms/label": 0.6,
+        "field_loss/user_id": 5.0,
+        "field_relative_loss_r/user_id": 0.9,
+        "field_difficulty_s/user_id": -0.1,
+        "field_weight_w/user_id": 1.1,
+        "train/learning_rate/tables": 0.05,
+        "train/learning_rate/dense": 0.001,
+        "evaluation/auc": 0.75,
+    }
+    first, second = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+    assert {key: first[key] for key in LINE} == LINE
+    assert (first["event"], second["event"], second["step"]) == ("train", "evaluation", 10)
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    with RunLog(tmp_path / "stage", enabled=False, tensorboard=True) as log:
+        log.write("train", 10, LINE)
+    assert not list(tmp_path.iterdir())
