@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torchrec.distributed import DistributedModelParallel
+
 from hetegen_rec import terminal
 from hetegen_rec.config.errors import ConfigError
 from hetegen_rec.config.run import RunConfig, Split, Stage
@@ -151,7 +153,7 @@ class Trained:
     stage: Stage
     checkpoint: Path
     step: int
-    model: Any
+    model: DistributedModelParallel
     statistics: Statistics
 
     @property

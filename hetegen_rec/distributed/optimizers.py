@@ -48,10 +48,9 @@ def attach_table_optimizer(
     Args:
         tables: on `meta`.
         name: which optimizer.
-        lr: learning rate.
+        stage: learning rate, epsilon, and `max_grad_norm`, to which every component of a looked-up
+            vector's gradient is clamped before the rows' gradients are summed.
         device_type: `cpu` or `cuda`.
-        max_gradient: clamp every component of a looked-up vector's gradient to this value, before
-            the rows' gradients are summed; None for no limit.
 
     Raises:
         ConfigError: the device's kernels lack this optimizer.

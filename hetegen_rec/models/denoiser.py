@@ -90,6 +90,6 @@ class Denoiser(nn.Module):
 
 def _waves(t: Tensor) -> Tensor:
     """Sines and cosines of t [B] -> [B, 2 * frequencies]."""
-    octaves = torch.arange(_TIME_FREQUENCIES, device=t.device, dtype=t.dtype)
-    angles = t[:, None] * math.pi * torch.pow(1.5, octaves)
+    powers = torch.arange(_TIME_FREQUENCIES, device=t.device, dtype=t.dtype)
+    angles = t[:, None] * math.pi * torch.pow(1.5, powers)
     return torch.cat([angles.sin(), angles.cos()], dim=-1)

@@ -48,7 +48,7 @@ class CheckpointInfo:
     optimizer_state: dict[str, tuple[int, ...]]
     """Shape of every tensor of the optimizer's state."""
     metadata: dict[str, Any]
-    """What the trainer put beside it: epoch, cursor, metrics, plan."""
+    """What the trainer put beside it: stage, epoch, metrics, plan."""
 
 
 def schema_fingerprint(schema: Schema) -> str:
@@ -120,7 +120,7 @@ class Checkpoints:
             step: steps taken; a checkpoint of the same step is replaced.
             model: the sharded model.
             optimizer: from `make_optimizer`.
-            metadata: JSON values to keep beside it: epoch, cursor, metrics, plan.
+            metadata: JSON values to keep beside it: stage, epoch, metrics, plan.
 
         Returns:
             The directory.

@@ -1,4 +1,4 @@
-"""What a run goes through: data, the stages of training, evaluation, predictions, report."""
+"""What a run goes through: its data, then stages of training, each in a directory of its own."""
 
 import json
 import logging

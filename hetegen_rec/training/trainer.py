@@ -13,6 +13,7 @@ from hetegen_rec.config.run import RunConfig, Stage, StageConfig
 from hetegen_rec.data.batch import Batch
 from hetegen_rec.data.reader import Reader
 from hetegen_rec.data.statistics import Statistics
+from hetegen_rec.distributed.planning import plan_as_json
 from hetegen_rec.distributed.runtime import Runtime
 from hetegen_rec.distributed.schedule import LearningRates
 from hetegen_rec.models.hetegen import Outputs
@@ -185,7 +186,8 @@ class Trainer:
             self._pipeline.attach(self.model.dmp)
 
     def _save(self, metrics: dict[str, Any], *, is_best: bool) -> None:
-        metadata = {"stage": self.stage, "epoch": self._epoch, "metrics": metrics}
+        plan = plan_as_json(self.model.plan)
+        metadata = {"stage": self.stage, "epoch": self._epoch, "metrics": metrics, "plan": plan}
         self.checkpoints.save(self.step, self.model.dmp, self.optimizer, metadata)
         if is_best:
             self.checkpoints.mark_best(self.step, "auc", self.best_auc)
