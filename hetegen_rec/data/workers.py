@@ -1,7 +1,5 @@
 """What data preparation needs of the processes that share its work; implemented by Runtime."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Protocol
 
 
@@ -25,19 +23,3 @@ class Workers(Protocol):
     def together(self, what: str) -> Any:
         """Context in which a failure of any rank is raised on every rank. A collective at its end."""
         ...
-
-
-class Alone:
-    """One process without a launcher."""
-
-    rank = 0
-    world_size = 1
-
-    def gather(self, value: Any) -> list[Any]:
-        """Just this process's value."""
-        return [value]
-
-    @contextmanager
-    def together(self, what: str) -> Iterator[None]:  # noqa: ARG002 - part of the protocol
-        """A failure is raised where it happens."""
-        yield

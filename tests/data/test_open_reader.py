@@ -5,6 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from alone import Alone
 
 from hetegen_rec.config.errors import ConfigError
 from hetegen_rec.config.loading import parse_config
@@ -12,7 +13,6 @@ from hetegen_rec.data.encoding import Encoder
 from hetegen_rec.data.prepare import prepare
 from hetegen_rec.data.raw import DataError
 from hetegen_rec.data.reader import open_reader
-from hetegen_rec.data.workers import Alone
 
 ROWS = {"train": 120, "valid": 31, "test": 2}
 

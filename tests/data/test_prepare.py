@@ -10,13 +10,13 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
+from alone import Alone
 
 from hetegen_rec.config import ConfigError, RunConfig, Schema
 from hetegen_rec.config.loading import parse_config
 from hetegen_rec.data.prepare import prepare, read_statistics
 from hetegen_rec.data.raw import DataError
 from hetegen_rec.data.statistics import Statistics
-from hetegen_rec.data.workers import Alone
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 
