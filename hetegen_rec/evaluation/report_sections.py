@@ -49,8 +49,8 @@ _METRICS = (
     Metric("log_loss", "LogLoss", lambda value: value, "lower is better"),
     Metric("normalized_entropy", "NE", lambda value: value, "below 1 beats a constant"),
     Metric("gauc", "GAUC", lambda value: -value, "AUC within a user"),
-    Metric("calibration", "Calibration", lambda value: abs(value - 1.0), "mean p / mean y, 1 is right"),
-    Metric("log_loss_scaled", "LogLoss, scaled", lambda value: value, "temperature from valid"),
+    Metric("calibration", "Calibration", lambda value: abs(value - 1.0), "1 is right"),
+    Metric("log_loss_scaled", "LogLoss, T of valid", lambda value: value, "temperature from valid"),
 )
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from hetegen_rec.evaluation.results import STAGE_TITLES, Comparison
+from hetegen_rec.evaluation.results import BASE_STAGE, STAGE_TITLES, Comparison
 from hetegen_rec.evaluation.run_record import RunRecord, StageRecord
 
 STAGE_SENTENCES = {
@@ -57,7 +57,8 @@ def verdict(record: RunRecord, split: str, comparisons: Mapping[str, Comparison]
     auc = (record.stages[stage].result(split) or {})["auc"]
     opening = f"{STAGE_SENTENCES[stage]} reaches an AUC of {auc:.4f} on {split}"
     if stage not in comparisons:
-        return f"{opening}. There is no second evaluated stage to hold it against yet."
+        other = "other stage" if stage == BASE_STAGE else "from-scratch baseline"
+        return f"{opening}. No {other} was evaluated yet to hold it against."
     return f"{opening}, {_against_scratch(comparisons[stage])}"
 
 
@@ -93,10 +94,13 @@ def difficulty_caption(stage: StageRecord) -> str:
     names = stage.field_names
     hardest, easiest = names[0], names[-1]
     last = {name: stage.field_series(name, "difficulty").last for name in (hardest, easiest)}
-    rest = f" Grey: the other {len(names) - 10} fields." if len(names) > 10 else ""
+    num_grey = len(names) - 10
+    grey = f"{num_grey} fields" if num_grey > 1 else "field"
+    rest = f" Grey: the {grey} in between." if num_grey > 0 else ""
     return (
-        "All fields start at 0; a field falls as its reconstruction beats chance. Hardest at the end: "
-        f"{hardest} ({last[hardest]:.2f}), easiest: {easiest} ({last[easiest]:.2f}).{rest}"
+        "All fields start at 0; a field rises while its reconstruction is worse than guessing and falls as "
+        f"it beats that. Hardest at the end: {hardest} ({last[hardest]:.2f}), easiest: {easiest} "
+        f"({last[easiest]:.2f}).{rest}"
     )
 
 

@@ -114,7 +114,7 @@ def test_values_that_are_not_defined_do_not_stop_the_report(tmp_path):
 def test_many_fields_each_keep_their_bar(tmp_path):
     fake_run.write_run(tmp_path, stages=("pretrain",), num_fields=39)
     page = report_of(tmp_path)
-    assert "the other 29 fields" in page
+    assert "Grey: the 29 fields in between" in page
     figure = base64.b64decode(images_of(page)["Reconstruction loss at the end"]).decode()
     assert figure.count("nats -->") == 39
 
