@@ -11,3 +11,10 @@ class Section(BaseModel):
     """A part of the configuration: unknown keys are errors, values are never coerced silently."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+    def _refuse_unused(self, reason: str, *keys: str) -> None:
+        """Raises ValueError if one of the keys differs from its default where nothing reads it."""
+        for key in keys:
+            value = getattr(self, key)
+            if value != type(self).model_fields[key].default:
+                raise ValueError(f"`{key}: {value}` has no effect {reason}; remove it")

@@ -70,6 +70,12 @@ class SourceConfig(Section):
     seed: NonNegativeInt = 0
     """`synthetic` only: seed of the generating process."""
 
+    @model_validator(mode="after")
+    def _check(self) -> "SourceConfig":
+        if self.name != "synthetic":
+            self._refuse_unused(f"on source `{self.name}`", "rows", "id_cardinality", "seed")
+        return self
+
 
 class DataConfig(Section):
     """Where rows come from and how they are read."""
@@ -158,6 +164,12 @@ class NoiseConfig(Section):
     label_in_set: bool = True
     """Diffuse the label too, as one more element of the set."""
 
+    @model_validator(mode="after")
+    def _check(self) -> "NoiseConfig":
+        if self.kind != "marginal":
+            self._refuse_unused(f"with `kind: {self.kind}`", "marginal_fraction")
+        return self
+
 
 class ReconstructionConfig(Section):
     """Heads that predict the masked cells (docs/method.md section 4)."""
@@ -182,6 +194,14 @@ class BalanceConfig(Section):
     """`aligned` and `gradnorm` only: steps between two probes of the per-field gradients."""
     noise_bins: PositiveInt = 4
     """`conditional` only: bins of the noise level t."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "BalanceConfig":
+        if self.form not in ("difficulty", "conditional", "gradnorm"):
+            self._refuse_unused(f"with `form: {self.form}`", "exponent")
+        if self.form != "conditional":
+            self._refuse_unused(f"with `form: {self.form}`", "noise_bins")
+        return self
 
 
 class CTRConfig(Section):
@@ -252,6 +272,15 @@ class StagesConfig(Section):
     finetune: StageConfig = StageConfig(epochs=3, patience=1)
     joint: StageConfig = StageConfig(epochs=5, patience=1)
     scratch: StageConfig = StageConfig(epochs=5, patience=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> "StagesConfig":
+        if self.pretrain.patience is not None:
+            raise ValueError(
+                f"`pretrain.patience: {self.pretrain.patience}` has no effect: only click stages stop early, "
+                "by their validation AUC; remove it, or set fewer `pretrain.epochs`"
+            )
+        return self
 
 
 class TrainConfig(Section):

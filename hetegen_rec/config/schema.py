@@ -67,7 +67,8 @@ class Field(Section):
     """`sequence`: the most recent items kept, one token each (default 20); `multi_valued`: the
     first values kept (default 16)."""
     dim: PositiveInt | None = None
-    """Embedding dimension of the table; narrower or wider than the model it gets a projection."""
+    """Embedding dimension of the table, a multiple of 4; narrower or wider than the model it gets a
+    projection."""
     reconstruct: bool = True
     """Whether the generative objective reconstructs this field when it is masked."""
 
@@ -115,6 +116,8 @@ class Field(Section):
         self._reject("is for kind `sequence` only", "table")
         if self.kind != "multi_valued":
             self._reject("is for kinds `sequence` and `multi_valued` only", "max_length")
+        if self.dim is not None and self.dim % 4:
+            raise ValueError(f"`dim: {self.dim}` must be a multiple of 4, which the CUDA kernels need")
         if self.vocabulary == "buckets" and self.kind != "numeric":
             raise ValueError("`vocabulary: buckets` needs kind `numeric`; use `vocab` or `hash`")
         if self.vocabulary != "vocab":

@@ -262,6 +262,11 @@ def build_model(
             f"stage `{stage}` has nothing to reconstruct: no field of the schema has "
             "`reconstruct: true` and at least two values in the training rows"
         )
+    if network.is_generative and model.noise.kind == "marginal" and not network.reconstruction.full_fields:
+        raise ConfigError(
+            "model.noise.kind: marginal takes other rows' values for fields with a full softmax, and there "
+            "are none; raise `model.reconstruction.full_softmax_max` to the size of a vocabulary, or use `mask`"
+        )
     return HeteGen(build_tables(schema, table_shapes(schema, statistics, model.dim)), network)
 
 

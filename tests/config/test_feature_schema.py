@@ -57,6 +57,7 @@ def test_column_is_the_name_unless_given():
         ({"name": "1st"}, "must not start with a digit"),
         ({"kind": "sequence"}, "a sequence needs `table`"),
         ({"kind": "sequence", "table": "item", "vocabulary": "hash"}, "`vocabulary` is that of the field"),
+        ({"kind": "id", "dim": 6}, "`dim: 6` must be a multiple of 4"),
         ({"kind": "sequence", "table": "item", "dim": 8}, "`dim` belongs to the field"),
         ({"table": "item"}, "`table` is for kind `sequence` only"),
         ({"max_length": 3}, "`max_length` is for kinds"),

@@ -39,6 +39,17 @@ def run_config(**sections: Any) -> RunConfig:
             {"model": {"balance": {"form": "aligned"}, "noise": {"label_in_set": False}}},
             "needs `model.noise.label_in_set: true`",
         ),
+        (
+            {"model": {"balance": {"form": "informative", "exponent": -1.0}}},
+            "model.balance: `exponent: -1.0` has no effect with `form: informative`",
+        ),
+        ({"model": {"balance": {"noise_bins": 8}}}, "`noise_bins: 8` has no effect with `form: difficulty`"),
+        ({"model": {"noise": {"marginal_fraction": 0.5}}}, "no effect with `kind: mask`"),
+        (
+            {"data": {"source": {"name": "movielens-100k", "rows": 5}, "raw_dir": "raw"}},
+            "data.source: `rows: 5` has no effect on source `movielens-100k`",
+        ),
+        ({"stages": {"pretrain": {"patience": 2}}}, "`pretrain.patience: 2` has no effect"),
         ({"stages": {"joint": {"warmup": 1.5}}}, "stages.joint.warmup: .*less than or equal to 1"),
     ],
 )

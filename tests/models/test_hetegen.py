@@ -381,6 +381,13 @@ def test_marginal_noise_swaps_full_softmax_fields_only():
     assert network.fields == FULL + SAMPLED
 
 
+def test_marginal_noise_without_a_field_to_swap_is_an_error():
+    config = model_config(noise={"kind": "marginal"}, reconstruction={"full_softmax_max": 1})
+    with pytest.raises(ValueError, match=r"noise\.kind: marginal .*full_softmax_max"):
+        make_model(log(), "pretrain", config)
+    make_model(log(), "scratch", config)
+
+
 @pytest.mark.parametrize("stage", ["pretrain", "joint"])
 def test_nothing_to_reconstruct_is_an_error(stage):
     described = SCHEMA.model_dump(mode="json")
