@@ -147,14 +147,13 @@ class Trainer:
     def _finish_segment(self, progress: StageProgress) -> bool:
         """Evaluates and saves; returns whether the stage should stop early."""
         metrics = self._evaluate()
-        auc = metrics.get("auc")
+        auc: float | None = metrics.get("auc")
         is_best = auc is not None and auc > self.best_auc
-        if is_best:
-            self.best_auc = float(auc)  # type: ignore[arg-type]
-        self.evaluations_without_gain = 0 if is_best else self.evaluations_without_gain + 1
-        self._save(metrics, is_best=is_best)
-        if auc is not None:
+        if auc is not None:  # rows of one class say nothing about when to stop
+            self.best_auc = max(auc, self.best_auc)
+            self.evaluations_without_gain = 0 if is_best else self.evaluations_without_gain + 1
             progress.note(f"valid AUC {auc:.4f}" + (" (best)" if is_best else ""))
+        self._save(metrics, is_best=is_best)
         patience = self.stage_config.patience
         is_stuck = patience is not None and self.evaluations_without_gain >= patience
         return is_stuck and self.model.network.scores_clicks
