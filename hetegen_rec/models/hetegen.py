@@ -265,7 +265,8 @@ def build_model(
     if network.is_generative and model.noise.kind == "marginal" and not network.reconstruction.full_fields:
         raise ConfigError(
             "model.noise.kind: marginal takes other rows' values for fields with a full softmax, and there "
-            "are none; raise `model.reconstruction.full_softmax_max` to the size of a vocabulary, or use `mask`"
+            "are none; raise `model.reconstruction.full_softmax_max` to the size of a vocabulary, or use "
+            "`mask`"
         )
     return HeteGen(build_tables(schema, table_shapes(schema, statistics, model.dim)), network)
 
