@@ -207,11 +207,14 @@ def click_losses(stages: Mapping[str, StageRecord]) -> Figure | None:
             if valid:
                 axes.plot(valid.x, valid.y, color=color, marker="o", markersize=4.5)
             if one or valid:
-                last = f"valid {valid.last:.4f}" if valid else f"train {one.last:.4f}"
+                last = f"last valid {valid.last:.4f}" if valid else f"last train {one.last:.4f}"
                 axes.plot([], [], color=color, linewidth=3, label=f"{STAGE_TITLES[name]}, {last}")
         axes.set_xlabel("epoch")
         axes.set_ylabel("cross-entropy of the click (nats)")
-        axes.legend()
+        # Overfitting fills the upper right, so the legend gets a strip of its own above the lines.
+        low, high = axes.get_ylim()
+        axes.set_ylim(low, high + 0.3 * (high - low))
+        axes.legend(loc="upper right")
     return figure
 
 
