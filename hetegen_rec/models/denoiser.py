@@ -45,14 +45,12 @@ class Denoiser(nn.Module):
         super().__init__()
         self.label_embedding = nn.Embedding(LABEL_MASK_ID + 1, dim)
         self.place_embedding = nn.Parameter(torch.randn(num_tokens + 1, dim) * 0.02)
-        self.time_input = nn.Linear(2 * _TIME_FREQUENCIES, dim)
-        self.time_output = nn.Linear(dim, dim)
+        self.time_embedding = nn.Sequential(
+            nn.Linear(2 * _TIME_FREQUENCIES, dim), nn.GELU(), nn.Linear(dim, dim)
+        )
         self.blocks = nn.ModuleList(Block(dim, config) for _ in range(config.num_layers))
         self.output_norm = nn.LayerNorm(dim)
         nn.init.normal_(self.label_embedding.weight, std=0.02)
-        # The noise level starts silent: else it drowns the tokens, whose rows start near zero.
-        nn.init.zeros_(self.time_output.weight)
-        nn.init.zeros_(self.time_output.bias)
 
     def forward(
         self,
@@ -76,14 +74,10 @@ class Denoiser(nn.Module):
         """
         label = self.label_embedding(label_ids)[:, None]
         x = torch.cat([tokens, label.to(tokens.dtype)], dim=1)
-        x = x + self.place_embedding + self._time_embedding(noise_level)[:, None]
+        x = x + self.place_embedding + self.time_embedding(_waves(noise_level))[:, None]
         for block in self.blocks:
             x = block(x, guidance, padding)
         return self.output_norm(x)
-
-    def _time_embedding(self, noise_level: Tensor) -> Tensor:
-        """t [B] -> [B, D]."""
-        return self.time_output(functional.gelu(self.time_input(_waves(noise_level))))
 
     @property
     def shared_weight(self) -> Tensor:
