@@ -1,5 +1,4 @@
 from benchmarks.shipped_configs import table
-
 from hetegen_rec.evaluation.results import write_evaluation
 
 
