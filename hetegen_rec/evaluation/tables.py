@@ -41,10 +41,13 @@ def results_tables(run_dir: str | Path) -> RenderableType:
     """Everything that the evaluated stages of a run say, for printing."""
     evaluations = read_evaluations(Path(run_dir))
     if not evaluations:
-        return Text(f"No stage under {run_dir} has been evaluated yet.")
+        return Text("Nothing scores clicks yet: run finetune, joint or scratch.")
     split = headline_split(evaluations)
     comparisons = compare_with_scratch(Path(run_dir), evaluations, split)
-    tables: list[RenderableType] = [metrics_table(evaluations, split), slices_table(evaluations, split)]
+    tables: list[RenderableType] = [metrics_table(evaluations, split)]
+    slices = slices_table(evaluations, split)
+    if slices.row_count:
+        tables.append(slices)
     if comparisons:
         tables.append(comparison_table(comparisons))
     return Group(*tables)

@@ -171,7 +171,7 @@ def test_damaged_predictions_name_their_place(tmp_path):
 
 
 def test_tables_show_every_stage_and_na_where_nothing_is_defined(tmp_path):
-    assert "No stage" in printed(tmp_path)
+    assert "Nothing scores clicks yet" in printed(tmp_path)
     write_stage(tmp_path, "scratch", 2.0)
     write_stage(tmp_path, "finetune", 0.1)
     content = json.loads((tmp_path / "finetune" / "evaluation.json").read_text())
@@ -187,3 +187,13 @@ def test_tables_show_every_stage_and_na_where_nothing_is_defined(tmp_path):
 def test_results_are_about_valid_if_there_is_no_test_split(tmp_path):
     write_stage(tmp_path, "scratch", 2.0, splits=("valid",))
     assert "Metrics on valid" in printed(tmp_path)
+
+
+def test_a_run_without_user_and_item_has_no_empty_table_of_slices(tmp_path):
+    metrics = {"n": 2, "positives": 1, "auc": 0.7, "log_loss": 0.5, "normalized_entropy": 0.9}
+    metrics.update(gauc=None, gauc_users=None, calibration=1.0, slices={})
+    results.write_evaluation(
+        tmp_path / "finetune",
+        {"run": "ads", "stage": "finetune", "checkpoint": "", "step": 1, "splits": {"valid": metrics}},
+    )
+    assert "Slices" not in printed(tmp_path)
