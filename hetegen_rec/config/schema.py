@@ -219,6 +219,11 @@ class Schema(Section):
         """The fields that own an embedding table: all but the sequences."""
         return tuple(field for field in self.fields if field.kind != "sequence")
 
+    def span(self, name: str) -> tuple[int, int]:
+        """Index of a field's first token and of the one behind its last."""
+        places = [place for place, token in enumerate(self.tokens) if token.field == name]
+        return places[0], places[-1] + 1
+
     def tokens_on(self, table: str) -> tuple[Token, ...]:
         """The tokens that look up rows of this table."""
         return tuple(t for t in self.tokens if self.field(t.field).table_name == table)

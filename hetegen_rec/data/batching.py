@@ -96,7 +96,7 @@ class Batcher:
         slots = np.array([f.list_length if f.kind == "multi_valued" else 1 for f in token_fields])
         self._first_slots = (np.cumsum(slots) - slots)[:, None]
         self._num_slots = int(slots.sum())
-        self._first_tokens = {t.field: i for i, t in enumerate(schema.tokens) if t.position == 0}
+        self._first_tokens = {name: schema.span(name)[0] for name in schema.field_names}
 
     def make(
         self,

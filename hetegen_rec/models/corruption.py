@@ -84,7 +84,7 @@ class Corruption(nn.Module):
         swaps = [token.field in swappable for token in schema.tokens]
         self.register_buffer("field_of_token", torch.tensor(field_of_token), persistent=False)
         self.register_buffer("may_swap", torch.tensor(swaps), persistent=False)
-        self._sequences = _sequence_spans(schema)
+        self._sequences = [schema.span(field.name) for field in schema.fields if field.kind == "sequence"]
 
     def forward(self, tokens: Tensor, batch: Batch, noise: RowNoise) -> Corrupted:
         """Noises clean tokens [B, T, D]."""
@@ -120,9 +120,3 @@ def _other_rows(tokens: Tensor, noise: RowNoise) -> Tensor:
     """Every column permuted on its own: a draw from the field's marginal distribution."""
     order = noise.cells(_SHUFFLE)[:, :-1].argsort(dim=0)  # [B, T]
     return tokens.gather(0, order[..., None].expand_as(tokens))
-
-
-def _sequence_spans(schema: Schema) -> list[tuple[int, int]]:
-    keys = [token.field for token in schema.tokens]
-    sequences = [field.name for field in schema.fields if field.kind == "sequence"]
-    return [(keys.index(name), keys.index(name) + keys.count(name)) for name in sequences]

@@ -14,17 +14,16 @@ class FieldPooling(nn.Module):
 
     def __init__(self, schema: Schema) -> None:
         super().__init__()
-        owners = [token.field for token in schema.tokens]
-        self.spans = [(owners.index(name), owners.count(name)) for name in schema.field_names]
+        self.spans = [schema.span(name) for name in schema.field_names]
         self.is_sequence = [field.kind == "sequence" for field in schema.fields]
 
     def forward(self, tokens: Tensor, present: Tensor) -> Tensor:
         """tokens [B, T, D] and present [B, T] bool -> [B, F, D]."""
         pooled = []
-        for (start, length), is_sequence in zip(self.spans, self.is_sequence, strict=True):
-            items = tokens[:, start : start + length]
+        for (start, stop), is_sequence in zip(self.spans, self.is_sequence, strict=True):
+            items = tokens[:, start:stop]
             if is_sequence:
-                weight = present[:, start : start + length, None].to(tokens.dtype)
+                weight = present[:, start:stop, None].to(tokens.dtype)
                 pooled.append((items * weight).sum(1) / weight.sum(1).clamp(min=1.0))
             else:
                 pooled.append(items[:, 0])

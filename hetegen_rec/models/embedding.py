@@ -60,7 +60,6 @@ class TokenAssembly(nn.Module):
 
     def __init__(self, schema: Schema, shapes: list[TableShape], model_dim: int) -> None:
         super().__init__()
-        self.model_dim = model_dim
         self.tables = {shape.name: [token.key for token in schema.tokens_on(shape.name)] for shape in shapes}
         self.projections = nn.ModuleDict(
             {s.name: nn.Linear(s.dim, model_dim, bias=False) for s in shapes if s.dim != model_dim}

@@ -68,8 +68,7 @@ class FullSoftmax(nn.Module):
 
     def __init__(self, schema: Schema, statistics: Statistics, names: list[str], dim: int) -> None:
         super().__init__()
-        tokens = [token.field for token in schema.tokens]
-        self.positions = {name: tokens.index(name) for name in names}
+        self.positions = {name: schema.span(name)[0] for name in names}
         self.bags = {name for name in names if schema.field(name).kind == "multi_valued"}
         sizes = {name: statistics.table_rows(name) - NUM_RESERVED_IDS for name in names}
         self.classes = nn.ModuleDict({name: nn.Linear(dim, size) for name, size in sizes.items()})
@@ -124,8 +123,7 @@ class SampledSoftmax(nn.Module):
     def __init__(self, schema: Schema, names: list[str], dim: int, config: ReconstructionConfig) -> None:
         super().__init__()
         self.num_candidates = config.num_candidates
-        owners = [token.field for token in schema.tokens]
-        self.spans = [(owners.index(n), owners.index(n) + owners.count(n)) for n in names]
+        self.spans = [schema.span(name) for name in names]
         self.query = nn.Parameter(torch.eye(dim).repeat(len(names), 1, 1))
         initial = math.log(config.temperature)
         self.log_temperature = nn.Parameter(torch.full((len(names),), initial))

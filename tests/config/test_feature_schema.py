@@ -126,3 +126,12 @@ def test_sequence_shares_the_table_of_its_items():
 def test_contradictions_between_fields_are_errors(fields, keys, message):
     with pytest.raises(ValidationError, match=message):
         schema(*fields, **keys)
+
+
+def test_a_span_covers_the_tokens_of_its_field_only() -> None:
+    built = schema(
+        {"name": "item", "kind": "id"},
+        {"name": "history", "kind": "sequence", "table": "item", "max_length": 3},
+        {"name": "genres", "kind": "multi_valued"},
+    )
+    assert [built.span(name) for name in built.field_names] == [(0, 1), (1, 4), (4, 5)]
