@@ -27,6 +27,8 @@ from hetegen_rec.models.reduction import mean_over_ranks, num_ranks, sum_over_ra
 class Outputs:
     """What a step shows besides its loss; everything detached."""
 
+    batch: Batch
+    """The batch that was trained: pipelines read ahead, so the reader may stand behind it."""
     logits: Tensor | None
     """[B] click logits of the clean rows; None in a pre-training step."""
     terms: dict[str, Tensor]
@@ -135,7 +137,7 @@ class HeteGenNetwork(nn.Module):
                 terms["table_l2"] = self.table_l2 * _unbiased_l2(norms, batch)
         loss = torch.stack(list(terms.values())).sum()
         shown = {name: term.detach() for name, term in terms.items()}
-        return loss, Outputs(logits.detach() if logits is not None else None, shown, fields)
+        return loss, Outputs(batch, logits.detach() if logits is not None else None, shown, fields)
 
     def score(self, tokens: Tensor, present: Tensor) -> Tensor:
         """Click logits [B] of clean rows, the label masked."""
