@@ -11,6 +11,7 @@ PACKAGE = ROOT / "hetegen_rec"
 ROOMS = (
     "_stack",
     "files",
+    "locks",
     "terminal",
     "config",
     "data",
