@@ -96,6 +96,10 @@ class DataConfig(Section):
     """Train from encoded shards, or encode raw shards while reading (no second copy of the data)."""
     rows_per_group: PositiveInt = 65_536
     """Rows of a row group in the encoded shards: the unit in which readers fetch."""
+    on_bad_shard: Literal["stop", "skip"] = "stop"
+    """What `prepare` does with raw rows that cannot be used, because their file is damaged or they are
+    not what the schema says: `stop` with an error that names the place, or `skip` the whole row group
+    (the whole file, where it is CSV or its footer is bad), counted and reported."""
     shuffle: bool = True
     """Shuffle the training rows anew in every epoch."""
     shuffle_rows: PositiveInt = 1_000_000
@@ -240,6 +244,10 @@ class StageConfig(Section):
     """Budget, optimizers and regularisation of one stage."""
 
     epochs: PositiveInt = 1
+    start_from: str | None = None
+    """Directory or URL of the checkpoint (`.../step-N`) to start from, such as one of an earlier run on older
+    data: weights, and where it is one of the same stage the optimizers' state. Default: `finetune`
+    takes the weights of the newest checkpoint of `pretrain`, the other stages start from nothing."""
     table_lr: PositiveFloat = 0.05
     """Learning rate of the embedding tables."""
     table_eps: PositiveFloat = 1e-8
@@ -301,9 +309,26 @@ class TrainConfig(Section):
     """`bf16` autocasts the dense part."""
     table_optimizer: TableOptimizer = "rowwise_adagrad"
     """Fused into the backward pass. CPU kernels know `rowwise_adagrad`, `adagrad` and `sgd`."""
-    keep_checkpoints: PositiveInt = 2
-    """Newest checkpoints kept in a stage's directory, besides the best."""
     tensorboard: bool = True
+
+
+class CheckpointConfig(Section):
+    """When checkpoints are written, where, and which of them stay (docs/operations.md).
+
+    One is written after every evaluation and at the end of a stage; the two cadences add others in between.
+    """
+
+    directory: str | None = None
+    """Where they go, each stage in a directory of its own: a path, or a URL that fsspec knows, such as
+    `s3://bucket/run-7`. Default: in the stage's part of `run_dir`."""
+    every_steps: PositiveInt | None = None
+    """Steps between two checkpoints; null for none."""
+    every_minutes: PositiveFloat | None = 30.0
+    """Minutes between two checkpoints, by the clock of rank 0; null for none."""
+    keep: PositiveInt = 2
+    """Newest checkpoints that stay, besides the best."""
+    failed_writes_allowed: NonNegativeInt = 2
+    """Writes in a row that may fail, each with a warning, before training ends with an error."""
 
 
 class TableConfig(Section):
@@ -331,7 +356,7 @@ class DistributedConfig(Section):
     backward_precision: CommunicationPrecision = "fp32"
     """Precision in which their gradients travel."""
     timeout_seconds: PositiveInt = 600
-    """A collective that takes longer ends the job."""
+    """A rank that makes no progress for so long ends the job, with the stack traces of every rank."""
 
 
 class EvaluationConfig(Section):
@@ -357,6 +382,7 @@ class RunConfig(Section):
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
     stages: StagesConfig = StagesConfig()
+    checkpoints: CheckpointConfig = CheckpointConfig()
     distributed: DistributedConfig = DistributedConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
@@ -388,6 +414,12 @@ class RunConfig(Section):
     def stage_dir(self, stage: Stage) -> Path:
         """Directory of one stage's checkpoints and logs."""
         return Path(self.run_dir) / stage
+
+    def checkpoints_dir(self, stage: Stage) -> str:
+        """Directory or URL of one stage's checkpoints."""
+        if self.checkpoints.directory is None:
+            return str(self.stage_dir(stage) / "checkpoints")
+        return f"{self.checkpoints.directory.rstrip('/')}/{stage}"
 
     def splits(self) -> Iterator[Split]:
         """The splits that have files, in order."""
