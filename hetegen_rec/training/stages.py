@@ -107,7 +107,7 @@ def open_checkpoints(
     return Checkpoints(
         config.stage_dir(stage) / CHECKPOINTS,
         runtime,
-        config.train.keep_checkpoints,
+        config.checkpoints.keep,
         f"{schema_fingerprint(config.features)}-{statistics.fingerprint[:16]}",
     )
 
