@@ -1,0 +1,160 @@
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from multirank import run_ranks
+from torch import nn
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from toy_model import DIM, TABLES, Job
+
+from hetegen_rec.distributed.runtime import Runtime, start_runtime
+from hetegen_rec.training.load_plan import GrowingLoadPlanner, Growth
+
+ITEM = "ebc.embedding_bags.item.weight"
+GROWN = TABLES | {"item": 61}
+ROWS = Growth(TABLES["item"], GROWN["item"])
+
+
+def _state(job: Job) -> dict[str, Any]:
+    return {"model": job.model.state_dict(), "optimizer": job.optimizer.state_dict()}
+
+
+def _whole(job: Job, value: ShardedTensor | torch.Tensor | None) -> list[Any]:
+    """All rows of a tensor; a rank without a shard may know nothing of it."""
+    if isinstance(value, torch.Tensor) and not isinstance(value, ShardedTensor):
+        mine = [(0, value.tolist())] if job.runtime.is_main else []
+    else:
+        shards = [] if value is None else value.local_shards()
+        mine = [(shard.metadata.shard_offsets[0], shard.tensor.tolist()) for shard in shards]
+    parts = sorted(part for rank in job.runtime.gather(mine) for part in rank)
+    return [row for _, rows in parts for row in rows]
+
+
+def _item(job: Job) -> tuple[list[Any], list[Any]]:
+    """Weights and row-wise accumulators of the items."""
+    state = job.optimizer.state_dict()["state"].get(ITEM, {})
+    accumulator = state.get("sum", state.get("item.momentum1"))
+    return _whole(job, job.model.state_dict()[ITEM]), _whole(job, accumulator)
+
+
+def _write(directory: Path, kind: str) -> dict[str, Any]:
+    with start_runtime("cpu", timeout_seconds=60) as runtime:
+        job = Job(runtime, kind)
+        job.train(2)
+        save(_state(job), checkpoint_id=directory, process_group=runtime.host_group)
+        return {"scores": job.scores(), "item": _item(job)}
+
+
+def _read(directory: Path, kinds: tuple[str, ...]) -> dict[str, Any]:
+    """Loads into models of more items; also scores and rows from before loading."""
+    seen: dict[str, Any] = {}
+    with start_runtime("cpu", timeout_seconds=60) as runtime:
+        for kind in kinds:
+            job = Job(runtime, kind, tables=GROWN)
+            fresh = _item(job)
+            state = _state(job)
+            load(state, checkpoint_id=directory, planner=GrowingLoadPlanner({ITEM: ROWS}))
+            job.model.load_state_dict(state["model"])
+            job.optimizer.load_state_dict(state["optimizer"])
+            seen[kind] = {"scores": job.scores(), "item": _item(job), "fresh": fresh}
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("written_as", "ranks", "kinds"),
+    [
+        ("table_wise", 1, ("table_wise",)),
+        # On 3 ranks the last row-wise shard, rows 42 to 61, holds new rows only.
+        ("table_wise", 3, ("table_wise", "row_wise")),
+        ("row_wise", 3, ("row_wise",)),
+        ("data_parallel", 3, ("data_parallel",)),
+    ],
+)
+def test_stored_rows_are_read_and_new_rows_stay(
+    tmp_path: Path, written_as: str, ranks: int, kinds: tuple[str, ...]
+) -> None:
+    written = run_ranks(2, _write, tmp_path, written_as)[0]
+    for found in run_ranks(ranks, _read, tmp_path, kinds):
+        for of_kind in found.values():
+            assert of_kind["scores"] == pytest.approx(written["scores"], abs=1e-6)
+            weights, accumulators = of_kind["item"]
+            for now, stored, fresh in zip(of_kind["item"], written["item"], of_kind["fresh"], strict=True):
+                assert now == stored + fresh[ROWS.before :]
+            assert torch.tensor(weights).shape == (ROWS.after, DIM)
+            assert not torch.tensor(accumulators)[ROWS.before :].any()
+            assert torch.tensor(accumulators)[: ROWS.before].any()
+
+
+@pytest.fixture(scope="module")
+def runtime() -> Iterator[Runtime]:
+    with start_runtime("cpu") as runtime:
+        yield runtime
+
+
+def _head(rows: int, columns: int = 3) -> tuple[nn.Linear, dict[str, Any]]:
+    """A head and what a checkpoint holds of it, after a step of AdamW."""
+    head = nn.Linear(columns, rows)
+    optimizer = torch.optim.AdamW(head.parameters())
+    head(torch.ones(1, columns)).sum().backward()
+    optimizer.step()
+    moments = {f"classes.{name}": optimizer.state[value] for name, value in head.named_parameters()}
+    return head, {
+        "model": {f"classes.{name}": value for name, value in head.state_dict().items()},
+        "optimizer": {"state": moments},
+    }
+
+
+HEAD = {name: Growth(4, 6) for name in ("classes.weight", "classes.bias")}
+
+
+@pytest.mark.usefixtures("runtime")
+def test_a_head_grows_with_its_moments(tmp_path: Path) -> None:
+    old, stored = _head(4)
+    save(stored, checkpoint_id=tmp_path)
+    new, state = _head(6)
+    fresh = new.weight.detach().clone()
+    state["optimizer"]["state"]["classes.weight"]["exp_avg"].fill_(7.0)
+    load(state, checkpoint_id=tmp_path, planner=GrowingLoadPlanner(HEAD))
+    assert torch.equal(new.weight, torch.cat([old.weight, fresh[4:]]))
+    assert torch.equal(new.bias[:4], old.bias)
+    moment = state["optimizer"]["state"]["classes.weight"]["exp_avg"]
+    assert torch.equal(moment[:4], stored["optimizer"]["state"]["classes.weight"]["exp_avg"])
+    assert (moment[4:] == 7.0).all()
+
+
+@pytest.mark.parametrize(
+    ("grown", "rows", "columns", "sizes"),
+    [
+        pytest.param({}, 6, 3, ("4, 3", "6, 3"), id="a parameter that may not grow"),
+        pytest.param(HEAD, 5, 3, ("4, 3", "5, 3"), id="another number of new rows"),
+        pytest.param(HEAD, 6, 2, ("4, 3", "6, 2"), id="other columns"),
+        pytest.param(HEAD, 2, 3, ("4, 3", "2, 3"), id="fewer rows"),
+    ],
+)
+@pytest.mark.usefixtures("runtime")
+def test_any_other_change_of_shape_names_key_and_shapes(
+    tmp_path: Path, grown: dict[str, Growth], rows: int, columns: int, sizes: tuple[str, str]
+) -> None:
+    save(_head(4)[1], checkpoint_id=tmp_path)
+    with pytest.raises(CheckpointException) as error:
+        load(
+            _head(rows, columns)[1],
+            checkpoint_id=tmp_path,
+            planner=GrowingLoadPlanner(grown),
+        )
+    message = str(error.value)
+    assert "model.classes.weight" in message
+    for size in sizes:
+        assert f"[{size}]" in message
+
+
+@pytest.mark.usefixtures("runtime")
+def test_a_key_that_is_not_stored_is_an_error(tmp_path: Path) -> None:
+    save({"model": {}}, checkpoint_id=tmp_path)
+    with pytest.raises(CheckpointException, match=r"model\.classes\.weight"):
+        load(_head(6)[1], checkpoint_id=tmp_path, planner=GrowingLoadPlanner(HEAD))
