@@ -309,7 +309,18 @@ class TrainConfig(Section):
     """`bf16` autocasts the dense part."""
     table_optimizer: TableOptimizer = "rowwise_adagrad"
     """Fused into the backward pass. CPU kernels know `rowwise_adagrad`, `adagrad` and `sgd`."""
+    on_non_finite: Literal["stop", "skip"] = "stop"
+    """What a step whose loss or gradient is NaN, infinite or overflowing does: `stop` ends training with an
+    error, `skip` leaves the step's update out on every rank and warns."""
+    max_skipped_steps: PositiveInt = 10
+    """`skip` only: one more such step of a stage ends training."""
     tensorboard: bool = True
+
+    @model_validator(mode="after")
+    def _check(self) -> "TrainConfig":
+        if self.on_non_finite != "skip":
+            self._refuse_unused(f"with `on_non_finite: {self.on_non_finite}`", "max_skipped_steps")
+        return self
 
 
 class CheckpointConfig(Section):
