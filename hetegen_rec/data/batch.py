@@ -6,13 +6,7 @@ import torch
 from torchrec import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
-
-@dataclass(frozen=True)
-class Cursor:
-    """Position of a reader after a batch: rows of each lane of this epoch that were handed out."""
-
-    epoch: int = 0
-    rows_per_lane: int = 0
+from hetegen_rec.data.cursor import Cursor
 
 
 @dataclass
@@ -36,10 +30,14 @@ class Batch(Pipelineable):
     row_ids: torch.Tensor
     """[B] int64: index of the row in its split; -1 marks padding, which counts for nothing."""
     strata: torch.Tensor
-    """[B] float32 in (0, 1): place of the row in the global batch, to stratify the noise level."""
-    noise_seed: int = 0
+    """[B] float32 in (0, 1): place of the row among the real ones of the global batch, to stratify
+    the noise level."""
+    num_real_rows: int
+    """Rows of the step over all ranks that are no padding of the plan: what losses are means over. At
+    least 1. Rows that a reader skipped count, and so weigh as rows without loss."""
+    noise_seed: int
     """Seed of this epoch's noise; the same on every rank."""
-    cursor: Cursor = Cursor()
+    cursor: Cursor
     """Where the reader stood after this batch."""
     context: dict[str, torch.Tensor] = field(default_factory=dict)
     """[B] columns for evaluation, never model input: `user_key`, `user_rows`, `item_rows`,

@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 from torchrec import KeyedJaggedTensor
 
 from hetegen_rec.config.schema import ReservedId, Schema
-from hetegen_rec.data.batch import Batch, Cursor
+from hetegen_rec.data.batch import Batch
+from hetegen_rec.data.cursor import Cursor
 from hetegen_rec.data.hashing import salt_of, uniform
 from hetegen_rec.data.raw import DataError
 from hetegen_rec.data.statistics import Statistics, drop_probability
@@ -104,20 +106,18 @@ class Batcher:
         strata: NDArray[np.float32],
         noise_seed: int,
         cursor: Cursor,
+        num_real_rows: int,
     ) -> Batch:
         """Makes the batch of all B rows of an encoded table.
 
         Args:
-            table: encoded columns, one a field, and those whose names start with `__`.
+            table: rows as `conform` returns them.
             strata: [B] place of each row in the global batch, in (0, 1).
             noise_seed: seed of this epoch's noise.
             cursor: where the reader stands after this batch.
-
-        Raises:
-            DataError: an id lies outside its embedding table: the rows were encoded with other statistics.
+            num_real_rows: rows of the global batch that are no padding.
         """
         ids, bags = self._read_ids(table)
-        self._check_range(ids, bags)
         row_ids = _column(table, ROW_ID).astype(np.int64)
         if self._dropout is not None:
             self._drop_rare(self._dropout, ids, bags, row_ids, noise_seed)
@@ -131,6 +131,7 @@ class Batcher:
             labels=_tensor(_column(table, LABEL).astype(np.float32)),
             row_ids=_tensor(row_ids),
             strata=_tensor(strata.astype(np.float32)),
+            num_real_rows=num_real_rows,
             noise_seed=noise_seed,
             cursor=cursor,
             context={
@@ -138,6 +139,31 @@ class Batcher:
                 for name, column in context_columns(self.schema).items()
             },
         )
+
+    def conform(self, table: pa.Table, where: str) -> pa.Table:
+        """The rows in the columns and types of `encoded_schema`, checked.
+
+        Args:
+            table: encoded columns, whatever their file calls its types; others are left out.
+            where: file, row group and rows, for errors.
+
+        Raises:
+            DataError: a column is missing, or holds what no encoded row holds.
+            pyarrow.ArrowInvalid: values that the encoded type cannot hold.
+        """
+        missing = set(self.encoded_schema.names) - set(table.column_names)
+        if missing:
+            raise DataError(f"{where}: no encoded column {min(missing)!r}; run prepare again")
+        if not table.schema.equals(self.encoded_schema):
+            table = table.select(self.encoded_schema.names).cast(self.encoded_schema)
+        for name in self.encoded_schema.names:
+            problem = self._problem(table.column(name), name)
+            if problem:
+                raise DataError(
+                    f"{where}: column {name!r} holds {problem}; the file is damaged, or was encoded with "
+                    "other statistics: run prepare again"
+                )
+        return table
 
     def padding(self, num_rows: int) -> pa.Table:
         """Encoded rows that stand for none: no ids at all and the row id -1."""
@@ -169,20 +195,25 @@ class Batcher:
             ids[token : token + field.list_length] = block.T
         return ids, bags
 
-    def _check_range(self, ids: NDArray[np.int64], bags: dict[int, _Bags]) -> None:
-        wrong = (ids >= self._num_ids) | (ids < _NO_ID)
-        outside = set(np.flatnonzero(wrong.any(axis=1)).tolist())
-        for token, bag in bags.items():
-            if bag.values.min(initial=0) < 0 or bag.values.max(initial=0) >= self._num_ids[token]:
-                outside.add(token)
-        if outside:
-            token = min(outside)
-            values = bags[token].values if token in bags else ids[token]
-            raise DataError(
-                f"token {self._keys[token]!r}: ids from {values.min()} to {values.max()}, but its table "
-                f"has {self._num_ids[token, 0]} rows; the data were encoded with other statistics: run "
-                "prepare again"
-            )
+    def _problem(self, column: pa.ChunkedArray, name: str) -> str | None:
+        """What no encoded column of this name holds, and this one does."""
+        if name not in self.schema.field_names:
+            return _problem_of_values(column, name)
+        field = self.schema.field(name)
+        if field.is_list:
+            longest = pc.max(pc.list_value_length(column)).as_py() or 0
+            if longest > field.list_length:
+                return f"{longest} values in a row, but `max_length` is {field.list_length}"
+            if column.null_count:
+                return "rows without a value"
+            column = pc.list_flatten(column)
+        if column.null_count:
+            return "rows without a value"
+        num_ids = int(self._num_ids[self._first_tokens[name], 0])
+        least, greatest = (bound.as_py() for bound in pc.min_max(column).values())
+        if least is None or 0 <= least <= greatest < num_ids:
+            return None
+        return f"ids from {least} to {greatest}, but its table has {num_ids} rows"
 
     def _look_up(
         self,
@@ -251,6 +282,16 @@ def encoded_schema(schema: Schema) -> pa.Schema:
     fields = [(f.name, pa.list_(pa.int32()) if f.is_list else pa.int32()) for f in schema.fields]
     context = [(column, pa.int64()) for column in context_columns(schema).values()]
     return pa.schema([*fields, (LABEL, pa.float32()), (ROW_ID, pa.int64()), *context])
+
+
+def _problem_of_values(column: pa.ChunkedArray, name: str) -> str | None:
+    if column.null_count:
+        return "rows without a value"
+    if name != LABEL:
+        return None
+    labels = column.to_numpy()
+    wrong = labels[(labels != 0) & (labels != 1)]
+    return f"the label {wrong[0]}, neither 0 nor 1" if len(wrong) else None
 
 
 def _flatten(

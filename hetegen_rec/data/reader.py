@@ -1,13 +1,13 @@
 """Reads a split as batches: row plan -> row groups -> windows, shuffled -> batches, each stage ahead.
 
-Two threads work behind every epoch. One reads (and on the fly encodes) the next window of each lane
-while the current one is served; the other cuts windows into steps and makes batches of them.
+Two threads work behind every epoch. One reads (and on the fly encodes) the next window of rows of each
+lane while the current one is served; the other cuts windows into steps and makes batches of them.
 """
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+import heapq
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from threading import Event
-from typing import TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -15,24 +15,24 @@ from numpy.typing import NDArray
 
 from hetegen_rec.config.errors import ConfigError
 from hetegen_rec.config.run import RunConfig, Split
-from hetegen_rec.data.batch import Batch, Cursor
+from hetegen_rec.data.batch import Batch
 from hetegen_rec.data.batching import Batcher
+from hetegen_rec.data.cursor import Cursor
 from hetegen_rec.data.encoding import Encoder, required_columns
 from hetegen_rec.data.hashing import mix64
+from hetegen_rec.data.interval_reader import Encode, IntervalReader, SkipLog, SkippedRows
+from hetegen_rec.data.lanes import Lanes, cut
 from hetegen_rec.data.prefetch import prefetch
-from hetegen_rec.data.raw import DataError, RowGroup, list_row_groups, read_row_group
-from hetegen_rec.data.row_plan import Interval, RowPlan, Window, lanes_of
+from hetegen_rec.data.raw import DataError, RowGroup, list_row_groups
+from hetegen_rec.data.row_plan import Piece, RowPlan, lanes_of, split_of
 from hetegen_rec.data.statistics import Statistics
 
 SEQUENTIAL_WINDOW_ROWS = 65_536
 """Rows of a lane read at a time where nothing is shuffled."""
 
-Encode: TypeAlias = Callable[[pa.Table, int, str], pa.Table]
-"""Raw rows, the index of the first one in its split, and their place for errors -> encoded rows."""
-
 
 class Reader:
-    """One rank's share of a split, as batches."""
+    """One rank's share of a split, as batches. Every row of the split comes exactly once an epoch."""
 
     def __init__(
         self,
@@ -47,9 +47,9 @@ class Reader:
         shuffle: bool,
         shuffle_rows: int,
         prefetch_batches: int,
-        pad: bool,
         columns: Sequence[str],
         encode: Encode | None = None,
+        skip_bad: bool = False,
     ):
         """Checks that the split can be shared out; reads nothing yet.
 
@@ -64,14 +64,14 @@ class Reader:
             shuffle: whether every epoch has its own order.
             shuffle_rows: rows of a lane among which to shuffle. Twice as many are held.
             prefetch_batches: batches made ahead.
-            pad: evaluation: keep every row and fill up with padding, instead of leaving out the
-                rows that do not fill all lanes.
             columns: columns to read from the row groups.
             encode: encodes rows as they are read; None for encoded shards.
+            skip_bad: put padding in the place of rows that cannot be read or encoded, and note them in
+                `skipped`, instead of raising an error. More than half of an epoch is an error still.
 
         Raises:
             ConfigError: lanes that cannot be shared by the ranks, or a batch by the lanes.
-            DataError: no rows, or in training fewer rows than lanes.
+            DataError: no rows.
         """
         if batch_size % num_lanes:
             raise ConfigError(
@@ -87,142 +87,117 @@ class Reader:
         self._shuffle = shuffle
         self._window_rows = shuffle_rows if shuffle else SEQUENTIAL_WINDOW_ROWS
         self._prefetch_batches = prefetch_batches
-        self._pad = pad
         self._columns = list(columns)
         self._encode = encode
-        plan = self._plan(epoch=0)
-        self.num_rows = plan.num_rows
+        self._skip_bad = skip_bad
+        self._skip_log = SkipLog()
+        self.num_rows = self._plan(Cursor().on_lanes(num_lanes)).num_rows
         """Rows of the split."""
-        self.rows_per_lane = plan.rows_per_lane
-        """Rows that each lane hands out in an epoch, padding included."""
+
+    @property
+    def skipped(self) -> list[SkippedRows]:
+        """Rows that this rank has left out so far, once for every time that they were to be read."""
+        return self._skip_log.rows
 
     @property
     def batches_per_epoch(self) -> int:
         """Batches of an undisturbed epoch, the same on every rank; the last one may be smaller."""
-        return -(-self.rows_per_lane // self._rows_per_step)
+        return self.batches_left(Cursor())
 
-    def epoch(self, epoch: int, start_rows_per_lane: int = 0) -> Iterator[Batch]:
-        """A fresh iterator over one epoch, with threads of its own that end with it.
-
-        Args:
-            epoch: from 0; the same epoch has the same batches every time.
-            start_rows_per_lane: where to start, as in the `cursor` of the last batch that was used.
+    def batches_left(self, cursor: Cursor) -> int:
+        """Batches of `epoch(cursor)`, the same on every rank.
 
         Raises:
-            ValueError: the start lies behind the end of the lanes.
-            DataError: from the iterator, where rows cannot be read or encoded.
+            DataError: the cursor lies behind the end of the rows.
         """
-        if not 0 <= start_rows_per_lane <= self.rows_per_lane:
-            raise ValueError(
-                f"cannot start at row {start_rows_per_lane} of lanes with {self.rows_per_lane} rows; the "
-                "cursor was made with other data or another number of lanes"
-            )
-        return self._stream(self._plan(epoch), epoch, start_rows_per_lane)
+        *_, current = served = cursor.on_lanes(self._num_lanes).served
+        rows_left = cut(self.num_rows, served).rows_per_lane - current.rows_per_lane
+        return -(-rows_left // self._rows_per_step)
 
-    def _plan(self, epoch: int) -> RowPlan:
+    def epoch(self, cursor: Cursor) -> Iterator[Batch]:
+        """A fresh iterator over the rest of an epoch, with threads of its own that end with it.
+
+        On the same lanes the batches are those of the undisturbed epoch, to the last bit. On other
+        lanes every row that is left comes exactly once.
+
+        Args:
+            cursor: `Cursor(epoch)`, or where to go on: the `cursor` of the last batch that was used.
+                It must come from the same rows, seed and shuffle.
+
+        Raises:
+            DataError: the cursor lies behind the end of the rows; from the iterator, where rows cannot
+                be read or encoded.
+        """
+        cursor = cursor.on_lanes(self._num_lanes)
+        return self._stream(self._plan(cursor), cursor)
+
+    def _plan(self, cursor: Cursor) -> RowPlan:
         return RowPlan(
             self._row_groups,
-            num_lanes=self._num_lanes,
+            cursor,
             seed=self._seed,
-            epoch=epoch,
             shuffle=self._shuffle,
             window_rows=self._window_rows,
-            pad=self._pad,
         )
 
-    def _stream(self, plan: RowPlan, epoch: int, start: int) -> Iterator[Batch]:
+    def _stream(self, plan: RowPlan, cursor: Cursor) -> Iterator[Batch]:
         abandoned = Event()
-        windows = prefetch(self._windows(plan, start, abandoned), depth=1)
+        # A window ahead for each lane.
+        pieces = prefetch(self._pieces(plan, cursor, abandoned), depth=len(self._lanes))
         try:
-            yield from prefetch(self._batches(windows, epoch, start), self._prefetch_batches)
+            yield from prefetch(self._batches(pieces, plan.lanes, cursor), self._prefetch_batches)
         finally:
             abandoned.set()
 
-    def _windows(self, plan: RowPlan, start: int, abandoned: Event) -> Generator[list[pa.Table], None, None]:
-        """The encoded rows of one window after another: a table for each of this rank's lanes."""
-        lanes = [_Lane(self._columns, self._encode, self._batcher, abandoned) for _ in self._lanes]
-        first, skipped = divmod(start, plan.window_rows)
-        for index in range(first, plan.num_windows):
-            tables = [
-                lane.read(plan.window(number, index)) for number, lane in zip(self._lanes, lanes, strict=True)
-            ]
-            yield [table.slice(skipped) for table in tables]
-            skipped = 0
+    def _pieces(
+        self, plan: RowPlan, cursor: Cursor, abandoned: Event
+    ) -> Generator[tuple[int, pa.Table], None, None]:
+        """The encoded rows of this rank's lanes, piece by piece in the order in which steps need them."""
+        rows = IntervalReader(
+            self._batcher,
+            self._columns,
+            self._encode,
+            skips=self._skip_log if self._skip_bad else None,
+            most_skipped=len(self._lanes) * plan.lanes.rows_per_lane // 2,
+            abandoned=abandoned,
+        )
+        start = cursor.served[-1].rows_per_lane
+        shares = [_from_position(plan.pieces(lane, start), lane) for lane in self._lanes]
+        for _, lane, piece in heapq.merge(*shares):
+            if piece.window is None:
+                yield lane, self._batcher.padding(piece.num_rows)
+            else:
+                window = rows.read(plan.window(*piece.window), lane)
+                yield lane, window.slice(piece.start, piece.num_rows)
 
     def _batches(
-        self, windows: Generator[list[pa.Table], None, None], epoch: int, start: int
+        self, pieces: Generator[tuple[int, pa.Table], None, None], lanes: Lanes, cursor: Cursor
     ) -> Generator[Batch, None, None]:
-        noise_seed = int(mix64(np.array([epoch], dtype=np.int64), self._seed)[0] >> np.uint64(1))
-        position = start
-        with closing(windows):
-            for tables in _steps(windows, self._rows_per_step):
-                num_rows = tables[0].num_rows
-                position += num_rows
+        noise_seed = int(mix64(np.array([cursor.epoch], dtype=np.int64), self._seed)[0] >> np.uint64(1))
+        with closing(pieces):
+            for tables in _steps(pieces, self._lanes, self._rows_per_step):
+                start, num_rows = cursor.served[-1].rows_per_lane, tables[0].num_rows
+                real_rows = lanes.real_rows(start, start + num_rows)
+                cursor = cursor.advanced(num_rows)
                 yield self._batcher.make(
                     pa.concat_tables(tables),
-                    self._strata(num_rows),
+                    self._strata(real_rows, num_rows),
                     noise_seed,
-                    Cursor(epoch, position),
+                    cursor,
+                    int(real_rows.sum()),
                 )
 
-    def _strata(self, rows_per_lane: int) -> NDArray[np.float32]:
-        """Places of this rank's rows in the global batch: its lanes side by side, in order."""
-        places = np.arange(self._lanes.start * rows_per_lane, self._lanes.stop * rows_per_lane)
-        return ((places + 0.5) / (self._num_lanes * rows_per_lane)).astype(np.float32)
+    def _strata(self, real_rows: NDArray[np.int64], rows_per_lane: int) -> NDArray[np.float32]:
+        """Places of this rank's rows among the real ones of the step: lanes side by side, in order.
 
-
-class _Lane:
-    """Reads the windows of one lane, in order."""
-
-    def __init__(
-        self,
-        columns: Sequence[str],
-        encode: Encode | None,
-        batcher: Batcher,
-        abandoned: Event,
-    ):
-        self._columns = columns
-        self._encode = encode
-        self._batcher = batcher
-        self._abandoned = abandoned
-        # A row group that reaches over the end of a window is not read twice.
-        self._group: RowGroup | None = None
-        self._group_table: pa.Table | None = None
-
-    def read(self, window: Window) -> pa.Table:
-        """The encoded rows of a window, in the order to hand them out, padding last."""
-        parts = [self._read_interval(interval) for interval in window.intervals]
-        if window.num_padding:
-            parts.append(self._batcher.padding(window.num_padding))
-        table = pa.concat_tables(parts)
-        del parts
-        return table if window.order is None else _reordered(table, window)
-
-    def _read_interval(self, interval: Interval) -> pa.Table:
-        if self._abandoned.is_set():
-            raise _AbandonedError
-        group, start = interval.group, interval.start
-        try:
-            rows = self._read_group(group).slice(start, interval.num_rows)
-            if self._encode is not None:
-                rows = self._encode(rows, group.first_row + start, group.where)
-            return _conform(rows, self._batcher.encoded_schema, group.where)
-        except DataError:
-            raise
-        except Exception as error:
-            place = f"{group.where}, rows {start} to {interval.stop}"
-            raise RuntimeError(f"{place}: reading failed: {type(error).__name__}: {error}") from error
-
-    def _read_group(self, group: RowGroup) -> pa.Table:
-        if group != self._group:
-            self._group_table = None
-            self._group_table = read_row_group(group, self._columns)
-            self._group = group
-        return self._group_table
-
-
-class _AbandonedError(Exception):
-    """Nobody waits for the rows any more; it ends the reading thread and goes no further."""
+        Args:
+            real_rows: [lanes] of the step; the rest of each lane's `rows_per_lane` is padding.
+            rows_per_lane: of the step.
+        """
+        firsts = (np.cumsum(real_rows) - real_rows)[self._lanes.start : self._lanes.stop]
+        places = (firsts[:, None] + np.arange(rows_per_lane)).ravel()
+        total = real_rows.sum()
+        return ((np.minimum(places, total - 1) + 0.5) / total).astype(np.float32)
 
 
 def open_reader(
@@ -240,8 +215,8 @@ def open_reader(
 ) -> Reader:
     """Opens one split of a prepared data set; reads the footers of its files.
 
-    Training takes `data.lanes` lanes and leaves out what does not fill them. Evaluation takes one
-    lane a rank, every row once, and rounds `batch_size` up to a multiple of the ranks.
+    Training takes `data.lanes` lanes. Evaluation takes one lane a rank and rounds `batch_size` up to a
+    multiple of the ranks.
 
     Args:
         config: the run.
@@ -271,8 +246,11 @@ def open_reader(
     num_lanes = (data.lanes or world_size) if train else world_size
     if not train:
         batch_size = -(-batch_size // num_lanes) * num_lanes
+    row_groups = list_row_groups(patterns)
+    if train:
+        _check_enough_rows(row_groups, num_lanes)
     return Reader(
-        list_row_groups(patterns),
+        row_groups,
         batcher,
         rank=rank,
         world_size=world_size,
@@ -282,39 +260,42 @@ def open_reader(
         shuffle=train and data.shuffle,
         shuffle_rows=data.shuffle_rows,
         prefetch_batches=data.prefetch_batches,
-        pad=not train,
         columns=columns,
         encode=encoder.encode if encoder is not None else None,
+        skip_bad=data.on_bad_shard == "skip",
     )
 
 
-def _steps(windows: Iterator[list[pa.Table]], rows_per_step: int) -> Iterator[list[pa.Table]]:
-    """Cuts the lanes' windows, laid end to end, into steps; the last one may be smaller."""
-    held: list[pa.Table] = []
-    for tables in windows:
-        held = [pa.concat_tables(pair) for pair in zip(held, tables, strict=True)] if held else tables
-        while held[0].num_rows >= rows_per_step:
-            yield [table.slice(0, rows_per_step) for table in held]
-            held = [table.slice(rows_per_step) for table in held]
-    if held and held[0].num_rows:
-        yield held
+def _check_enough_rows(row_groups: Sequence[RowGroup], num_lanes: int) -> None:
+    num_rows = sum(group.num_rows for group in row_groups)
+    if num_rows < num_lanes:
+        raise DataError(
+            f"{split_of(row_groups)}: {num_rows} row(s) cannot be shared by {num_lanes} lanes (one a rank "
+            "unless `data.lanes` is set); use fewer ranks or more data"
+        )
 
 
-def _reordered(table: pa.Table, window: Window) -> pa.Table:
-    """The real rows of a window in its order, then the padding."""
-    num_real = table.num_rows - window.num_padding
-    padding = np.arange(num_real, table.num_rows)
-    indices = pa.array(np.concatenate([window.order, padding]))
-    # Column by column, so that only one column is held a third time.
-    columns = [column.combine_chunks().take(indices) for column in table.columns]
-    return pa.table(columns, schema=table.schema)
+def _from_position(pieces: Iterable[Piece], lane: int) -> Iterator[tuple[int, int, Piece]]:
+    """The pieces of a lane, each with its position in the lane before it."""
+    position = 0
+    for piece in pieces:
+        yield position, lane, piece
+        position += piece.num_rows
 
 
-def _conform(table: pa.Table, schema: pa.Schema, where: str) -> pa.Table:
-    """The table's columns as the encoded schema has them, whatever the file calls its types."""
-    if table.schema.equals(schema):
-        return table
-    missing = set(schema.names) - set(table.column_names)
-    if missing:
-        raise DataError(f"{where}: no encoded column {min(missing)!r}; run prepare again")
-    return table.select(schema.names).cast(schema)
+def _steps(
+    pieces: Iterable[tuple[int, pa.Table]], lanes: Sequence[int], rows_per_step: int
+) -> Iterator[list[pa.Table]]:
+    """Cuts the pieces of each lane, laid end to end, into steps; the last one may be smaller.
+
+    Pieces have to come in order of their positions: then none is asked for before a step needs it.
+    """
+    held: dict[int, pa.Table] = {}
+    for lane, table in pieces:
+        held[lane] = pa.concat_tables([held[lane], table]) if lane in held else table
+        while len(held) == len(lanes) and all(rows.num_rows >= rows_per_step for rows in held.values()):
+            yield [held[lane].slice(0, rows_per_step) for lane in lanes]
+            rest = {lane: rows.slice(rows_per_step) for lane, rows in held.items()}
+            held = {lane: rows for lane, rows in rest.items() if rows.num_rows}
+    if held:
+        yield [held[lane] for lane in lanes]

@@ -1,22 +1,30 @@
 """Which rows of an epoch go where, and in what order: arithmetic on row counts, no data is read.
 
-An epoch is one sequence of all rows of a split, cut into *lanes* of equally many rows. Lanes, not
-ranks, own positions: a rank reads one or several whole lanes, so that the same lanes on 1, 2 or 4
-ranks make the same batches, and a position within the lanes is all that a resume needs.
+An epoch is one sequence of all rows of a split, cut into *lanes* of equally many rows; the last lanes
+end in padding where the rows do not fill them. Lanes, not ranks, own positions: a rank reads one or
+several whole lanes, so that the same lanes on 1, 2 or 4 ranks make the same batches, and a position
+within the lanes is all that a restart needs.
 
 With shuffling, the row groups are permuted and the sequence starts at a random row of theirs (a
 ring), both by (seed, epoch); within a lane, rows are then shuffled inside *windows* of fixed size.
 Every window can be computed from its index alone, so a reader starts anywhere without reading what
 lies before.
+
+The lanes with which an epoch begins fix its order for good. A *place* is a row's rank in it: lane after
+lane, each in the order in which it hands out. After a restart on another number of lanes the rows that
+are left are shared out by place (`lanes`), and reading a range of places is reading slices of the
+windows of the beginning.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hetegen_rec.config.errors import ConfigError
+from hetegen_rec.data.cursor import Cursor
+from hetegen_rec.data.lanes import cut
 from hetegen_rec.data.raw import DataError, RowGroup
 
 
@@ -33,84 +41,114 @@ class Interval:
         """Rows of the interval."""
         return self.stop - self.start
 
+    @property
+    def where(self) -> str:
+        """Its place, for errors."""
+        return f"{self.group.where}, rows {self.start} to {self.stop}"
+
 
 @dataclass(frozen=True)
 class Window:
-    """Consecutive rows of a lane that are read, and shuffled, together."""
+    """Rows that are read, and shuffled, together."""
 
     intervals: tuple[Interval, ...]
-    num_padding: int
-    """Padding rows behind the real ones."""
     order: NDArray[np.int64] | None
     """The order in which to hand out the rows of the intervals; None keeps theirs."""
 
 
-class RowPlan:
-    """One epoch's rows, cut into lanes and windows.
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive rows of a lane's share: a slice of one window, or padding."""
 
-    In training the `N % num_lanes` rows that do not fill a lane are left out of the epoch: others in
-    every epoch when shuffled, the last ones of the split when not. With `pad` no row is left out and
-    the end of the sequence is filled with padding rows instead.
-    """
+    window: tuple[int, int] | None
+    """Lane and index of the window, see `RowPlan.window`; None for padding."""
+    start: int
+    """First row of the slice, in the window's order."""
+    stop: int
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the piece."""
+        return self.stop - self.start
+
+
+class RowPlan:
+    """One epoch's rows, cut into lanes, and their windows."""
 
     def __init__(
         self,
         row_groups: Sequence[RowGroup],
+        cursor: Cursor,
         *,
-        num_lanes: int,
         seed: int,
-        epoch: int,
         shuffle: bool,
         window_rows: int,
-        pad: bool,
-    ):
+    ) -> None:
         """Plans one epoch; a pure function of its arguments.
 
         Args:
             row_groups: all row groups of the split; empty ones are fine.
-            num_lanes: equal shares to cut the epoch into.
+            cursor: the epoch, and the lanes on which it was and is read: `Cursor.on_lanes`.
             seed: of the shuffle.
-            epoch: of the shuffle, from 0.
             shuffle: whether to shuffle at all.
             window_rows: rows of a lane that are read, and shuffled, together.
-            pad: keep every row and pad the last lanes (evaluation), instead of leaving out the
-                remainder (training).
 
         Raises:
-            DataError: no rows at all, or without `pad` fewer rows than lanes.
+            DataError: no rows at all, or fewer than were handed out already.
         """
         groups = [group for group in row_groups if group.num_rows]
         total = sum(group.num_rows for group in groups)
-        _check_enough_rows(total, num_lanes, row_groups, pad)
-        self._seed, self._epoch, self._shuffle = seed, epoch, shuffle
+        if total == 0:
+            raise DataError(f"{split_of(row_groups)}: no rows to read; check the paths under `data`")
+        self._seed, self._epoch, self._shuffle = seed, cursor.epoch, shuffle
         self._offset = 0
         if shuffle:
-            generator = np.random.default_rng(np.random.SeedSequence((seed, epoch)))
+            generator = np.random.default_rng(np.random.SeedSequence((seed, cursor.epoch)))
             groups = [groups[i] for i in generator.permutation(len(groups))]
             self._offset = int(generator.integers(total))
         self._groups = groups
         self._ends = np.cumsum([group.num_rows for group in groups], dtype=np.int64)
-        self.num_lanes = num_lanes
+        self._first_lane_rows = -(-total // cursor.served[0].num_lanes)
+        self._window_rows = min(window_rows, self._first_lane_rows)
         self.num_rows = total
-        self.rows_per_lane = -(-total // num_lanes) if pad else total // num_lanes
-        self.window_rows = min(window_rows, self.rows_per_lane)
+        """Rows of the split."""
+        self.lanes = cut(total, cursor.served)
+        """Those of the cursor's last entry; the ranges of their shares are places."""
 
-    @property
-    def num_windows(self) -> int:
-        """Windows of each lane."""
-        return -(-self.rows_per_lane // self.window_rows)
+    def pieces(self, lane: int, start: int = 0) -> Iterator[Piece]:
+        """What a lane hands out from its position `start` on, padding last."""
+        num_rows = 0
+        for places in self.lanes.share(lane, start):
+            yield from self._slices(places)
+            num_rows += len(places)
+        padding = self.lanes.rows_per_lane - start - num_rows
+        if padding:
+            yield Piece(None, 0, padding)
 
     def window(self, lane: int, index: int) -> Window:
-        """The `index`-th window of a lane: its positions from `index * window_rows` on."""
-        start = index * self.window_rows
-        stop = min(start + self.window_rows, self.rows_per_lane)
-        base = lane * self.rows_per_lane
-        first, last = (min(base + position, self.num_rows) for position in (start, stop))
+        """The `index`-th window of a lane of the epoch's beginning."""
+        first, last = self._window_places(lane, index)
         order = None
         if self._shuffle:
             source = np.random.SeedSequence((self._seed, self._epoch), spawn_key=(lane, index))
             order = np.random.default_rng(source).permutation(last - first)
-        return Window(tuple(self._ring(first, last)), stop - start - (last - first), order)
+        return Window(tuple(self._ring(first, last)), order)
+
+    def _slices(self, places: range) -> Iterator[Piece]:
+        """The slices of windows that places stand for, in order."""
+        place = places.start
+        while place < places.stop:
+            lane, position = divmod(place, self._first_lane_rows)
+            index = position // self._window_rows
+            first, last = self._window_places(lane, index)
+            stop = min(last, places.stop)
+            yield Piece((lane, index), place - first, stop - first)
+            place = stop
+
+    def _window_places(self, lane: int, index: int) -> tuple[int, int]:
+        base, start = lane * self._first_lane_rows, index * self._window_rows
+        stop = min(start + self._window_rows, self._first_lane_rows)
+        return min(base + start, self.num_rows), min(base + stop, self.num_rows)
 
     def _ring(self, first: int, last: int) -> list[Interval]:
         """Positions [first, last) of the epoch's sequence, which starts at the ring's offset."""
@@ -148,13 +186,7 @@ def lanes_of(rank: int, world_size: int, num_lanes: int) -> range:
     return range(rank * share, (rank + 1) * share)
 
 
-def _check_enough_rows(total: int, num_lanes: int, row_groups: Sequence[RowGroup], pad: bool) -> None:
+def split_of(row_groups: Sequence[RowGroup]) -> str:
+    """What an error calls the files of a split."""
     files = sorted({group.path for group in row_groups})
-    where = f"{files[0]} (of {len(files)} file(s))" if files else "the split"
-    if total == 0:
-        raise DataError(f"{where}: no rows to read; check the paths under `data`")
-    if total < num_lanes and not pad:
-        raise DataError(
-            f"{where}: {total} row(s) cannot be shared by {num_lanes} lanes (one a rank unless "
-            "`data.lanes` is set); use fewer ranks or more data"
-        )
+    return f"{files[0]} (of {len(files)} file(s))" if files else "the split"

@@ -274,20 +274,20 @@ def build_model(
 
 
 def _click_loss(logits: Tensor, batch: Batch) -> Tensor:
-    """Binary cross-entropy; rows of padding do not count."""
+    """Binary cross-entropy: this rank's share of the mean over the real rows of the global batch."""
     real = (batch.row_ids >= 0).float()
     loss = functional.binary_cross_entropy_with_logits(logits, batch.labels, reduction="none")
-    return (loss * real).sum() / real.sum().clamp(min=1.0)
+    return (loss * real).sum() * num_ranks() / batch.num_real_rows
 
 
 def _unbiased_l2(norms: Tensor, batch: Batch) -> Tensor:
     """Estimate of 1/2 ||E||^2 over whole tables from looked-up rows (docs/method.md section 10, derived).
 
-    A table row that a training row looks up q times in the mean stands in the batch B q times;
-    weighting each by 1 / (B q) makes the expectation the sum over all rows. Padding has norm 0.
+    A table row that a training row looks up q times in the mean stands in the global batch of B rows
+    B q times; weighting each by 1 / (B q) makes the expectation the sum over all rows, of which this is
+    the rank's share. Padding has norm 0.
     """
-    num_rows = (batch.row_ids >= 0).sum().clamp(min=1)
-    return 0.5 * (norms * torch.exp(-batch.log_rate)).sum() / num_rows
+    return 0.5 * (norms * torch.exp(-batch.log_rate)).sum() * num_ranks() / batch.num_real_rows
 
 
 def _one_hot_bins(level: Tensor, num_bins: int) -> Tensor:

@@ -12,6 +12,7 @@ from torchrec.distributed import DistributedModelParallel
 
 from hetegen_rec.config.run import RunConfig
 from hetegen_rec.config.schema import NUM_RESERVED_IDS
+from hetegen_rec.data.cursor import Cursor
 from hetegen_rec.data.reader import Reader
 from hetegen_rec.data.statistics import Statistics
 from hetegen_rec.distributed.runtime import Runtime
@@ -27,7 +28,7 @@ def score_rows(model: DistributedModelParallel, reader: Reader, runtime: Runtime
     """This rank's share of a split, scored. A collective: all ranks make equally many batches."""
     model.eval()
     predictions = Predictions()
-    for batch in reader.epoch(0):
+    for batch in reader.epoch(Cursor()):
         outputs: Outputs = model(batch.to(runtime.device))[1]
         if outputs.logits is None:
             raise RuntimeError("the model scored nothing; it must be in eval mode")

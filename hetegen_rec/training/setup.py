@@ -104,7 +104,6 @@ def open_encoded(config: RunConfig, directory: Path, statistics: Statistics, run
         shuffle=False,
         shuffle_rows=config.data.shuffle_rows,
         prefetch_batches=config.data.prefetch_batches,
-        pad=True,
         columns=batcher.encoded_schema.names,
     )
 
