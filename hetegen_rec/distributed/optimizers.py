@@ -10,7 +10,7 @@ from torchrec import optim as fused
 from torchrec.distributed import DistributedModelParallel
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.optim.clipping import GradientClipping, GradientClippingOptimizer
-from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper, OptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from hetegen_rec.config.errors import ConfigError
@@ -104,6 +104,27 @@ def make_optimizer(
     if dense:
         parts.append(_dense_optimizer(dense, stage))
     return CombinedOptimizer(parts)
+
+
+class GatedOptimizer(OptimizerWrapper):
+    """An optimizer that sits out the steps for which the gate is closed: no weight and no state changes.
+
+    Tables with a fused optimizer were updated in the backward pass and are not its business; who closes
+    the gate sees to their gradients.
+    """
+
+    def __init__(self, optimizer: KeyedOptimizer, is_open: Callable[[], bool]) -> None:
+        """Args:
+        optimizer: takes the other steps; keys and groups stay its own.
+        is_open: asked once a step, after the backward pass; must answer alike on every rank.
+        """
+        super().__init__(optimizer)
+        self._is_open = is_open
+
+    def step(self, closure: Any = None) -> None:
+        """One step, or none."""
+        if self._is_open():
+            super().step(closure)
 
 
 def _split(model: DistributedModelParallel) -> tuple[dict[str, nn.Parameter], ...]:
