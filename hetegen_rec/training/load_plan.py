@@ -1,8 +1,9 @@
-"""Reading a checkpoint into parameters that have more rows than were stored."""
+"""Reading a checkpoint into parameters that have more rows than were stored, and what cannot be read so."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
@@ -11,6 +12,10 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from hetegen_rec.distributed.sharding import global_shape
 
+Shape: TypeAlias = tuple[int, ...]
+
+_TABLE_STATE = re.compile(r"\.embedding_bags\.([^.]+)\.weight\.")
+
 
 @dataclass(frozen=True)
 class Growth:
@@ -18,6 +23,10 @@ class Growth:
 
     before: int
     after: int
+
+    def explains(self, stored: Shape, here: Shape) -> bool:
+        """Whether one shape becomes the other by new rows, and by nothing else."""
+        return (stored[:1], here[:1]) == ((self.before,), (self.after,)) and stored[1:] == here[1:]
 
 
 class GrowingLoadPlanner(DefaultLoadPlanner):
@@ -56,8 +65,51 @@ class GrowingLoadPlanner(DefaultLoadPlanner):
         self.metadata = replace(metadata, state_dict_metadata=stored)
 
     def _has_grown(self, key: str, stored: torch.Size, value: ShardedTensor | torch.Tensor) -> bool:
-        growth = next((growth for name, growth in self._grown.items() if f".{name}." in f".{key}."), None)
-        if growth is None:
-            return False
-        here = global_shape(value)
-        return tuple(stored) == (growth.before, *here[1:]) and here[:1] == (growth.after,)
+        growth = _growth_of(key, self._grown)
+        return growth is not None and growth.explains(tuple(stored), global_shape(value))
+
+
+def optimizer_state_mismatch(
+    stored: Mapping[str, Shape], here: Mapping[str, Shape], grown: Mapping[str, Growth]
+) -> str | None:
+    """What of a stored optimizer state cannot be taken over, and what to do; None if all can.
+
+    DCP loads the keys that it finds. So a state of another optimizer, or of tables cut into other columns,
+    would be loaded in part, or would leave accumulators with the wrong rows.
+
+    Args:
+        stored: shapes by key of the checkpoint's state over all ranks, as `canonical_optimizer_state` has it.
+        here: likewise of the optimizer that is to go on.
+        grown: what `GrowingLoadPlanner` is given.
+    """
+    for key in sorted({*stored, *here}):
+        before, after = stored.get(key), here.get(key)
+        if before == after:
+            continue
+        growth = _growth_of(key, grown)
+        if before is None or after is None or growth is None or not growth.explains(before, after):
+            return _explain(key, before, after)
+    return None
+
+
+def _explain(key: str, before: Shape | None, after: Shape | None) -> str:
+    found = f"optimizer state {key} has shape {before or 'none'} there, {after or 'none'} here"
+    table = _TABLE_STATE.search(f".{key}")
+    if table is None:
+        return f"{found}: restore the model section, and the train section of the stage"
+    if before is not None and after is not None and len(before) == len(after) == 1:
+        return (
+            f"table {table[1]}: row-wise Adagrad keeps one accumulator per row of each column shard, "
+            f"{before[0]:,} there and {after[0]:,} here; a table that is cut into columns can neither be cut "
+            f"otherwise nor grow. Restore distributed.tables.{table[1]}.sharding and the number of ranks, or "
+            "start the optimizer anew from the weights"
+        )
+    return (
+        f"{found}: restore train.table_optimizer (under adam, data_parallel tables in distributed.tables as "
+        "well), or start the optimizer anew from the weights"
+    )
+
+
+def _growth_of(key: str, grown: Mapping[str, Growth]) -> Growth | None:
+    """The growth of the parameter whose weight or optimizer state a key names."""
+    return next((growth for name, growth in grown.items() if f".{name}." in f".{key}."), None)

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from toy_model import DIM, TABLES, Job
 
 from hetegen_rec.distributed.runtime import Runtime, start_runtime
-from hetegen_rec.training.load_plan import GrowingLoadPlanner, Growth
+from hetegen_rec.training.load_plan import GrowingLoadPlanner, Growth, Shape, optimizer_state_mismatch
 
 ITEM = "ebc.embedding_bags.item.weight"
 GROWN = TABLES | {"item": 61}
@@ -158,3 +158,50 @@ def test_a_key_that_is_not_stored_is_an_error(tmp_path: Path) -> None:
     save({"model": {}}, checkpoint_id=tmp_path)
     with pytest.raises(CheckpointException, match=r"model\.classes\.weight"):
         load(_head(6)[1], checkpoint_id=tmp_path, planner=GrowingLoadPlanner(HEAD))
+
+
+MOMENTUM = f"state.{ITEM}.item.momentum1"
+MOMENT = "state.classes.weight.exp_avg"
+
+
+@pytest.mark.parametrize(
+    ("stored", "here"),
+    [
+        pytest.param({MOMENTUM: (23,)}, {MOMENTUM: (23,)}, id="nothing changed"),
+        pytest.param({MOMENTUM: (23,)}, {MOMENTUM: (61,)}, id="row-wise state of a grown table"),
+        pytest.param({MOMENTUM: (23, 8)}, {MOMENTUM: (61, 8)}, id="full state of a grown table"),
+        pytest.param({MOMENT: (4, 3)}, {MOMENT: (6, 3)}, id="moments of a grown head"),
+    ],
+)
+def test_a_state_that_fits_is_not_a_mismatch(stored: dict[str, Shape], here: dict[str, Shape]) -> None:
+    assert optimizer_state_mismatch(stored, here, {ITEM: ROWS, **HEAD}) is None
+
+
+@pytest.mark.parametrize(
+    ("stored", "here", "words"),
+    [
+        pytest.param(
+            {MOMENTUM: (46,)},
+            {MOMENTUM: (23,)},
+            ("table item", "46 there and 23 here", "distributed.tables.item.sharding"),
+            id="no longer cut into columns",
+        ),
+        pytest.param({MOMENTUM: (46,)}, {MOMENTUM: (122,)}, ("table item", "nor grow"), id="cut and grown"),
+        pytest.param({MOMENTUM: (23,)}, {MOMENTUM: (40,)}, ("23 there and 40 here",), id="other growth"),
+        pytest.param(
+            {MOMENTUM: (23,)},
+            {},
+            (MOMENTUM, "(23,) there, none here", "train.table_optimizer"),
+            id="a table optimizer without state",
+        ),
+        pytest.param({MOMENTUM: (23,)}, {MOMENTUM: (23, 8)}, ("train.table_optimizer",), id="adagrad"),
+        pytest.param({MOMENT: (4, 3)}, {MOMENT: (4, 5)}, (MOMENT, "model section"), id="another network"),
+    ],
+)
+def test_what_cannot_be_taken_over_is_named(
+    stored: dict[str, Shape], here: dict[str, Shape], words: tuple[str, ...]
+) -> None:
+    message = optimizer_state_mismatch(stored, here, {ITEM: ROWS})
+    assert message is not None
+    for word in words:
+        assert word in message
