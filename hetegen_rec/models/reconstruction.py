@@ -1,17 +1,22 @@
 """Heads that predict the noised cells of a row, one loss per row and field (docs/method.md section 4)."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hetegen_rec.config.errors import ConfigError
 from hetegen_rec.config.run import ReconstructionConfig
-from hetegen_rec.config.schema import NUM_RESERVED_IDS, Schema
+from hetegen_rec.config.schema import NUM_RESERVED_IDS, Field, Schema
 from hetegen_rec.data.batch import Batch
 from hetegen_rec.data.statistics import Statistics
 from hetegen_rec.models.corruption import Corrupted, RowNoise
+
+Head: TypeAlias = Literal["full", "sampled", "none"]
 
 _MIN_TEMPERATURE = 0.01
 
@@ -46,15 +51,66 @@ def split_fields(
 
     A field with fewer than two values has nothing to reconstruct and stands in neither.
     """
-    full: list[str] = []
-    sampled: list[str] = []
+    fields: dict[Head, list[str]] = {"full": [], "sampled": [], "none": []}
     for field in schema.fields:
-        num_values = statistics.table_rows(field.table_name) - NUM_RESERVED_IDS
-        if not field.reconstruct or num_values < 2:
+        fields[_head_of(field, statistics.table_rows(field.table_name), config)].append(field.name)
+    return fields["full"], fields["sampled"]
+
+
+def _head_of(field: Field, table_rows: int, config: ReconstructionConfig) -> Head:
+    num_values = table_rows - NUM_RESERVED_IDS
+    if not field.reconstruct or num_values < 2:
+        return "none"
+    return "full" if num_values <= config.full_softmax_max and field.kind != "sequence" else "sampled"
+
+
+def check_growth(
+    schema: Schema, before: Mapping[str, int], after: Mapping[str, int], config: ReconstructionConfig
+) -> None:
+    """Refuses tables that have grown so far that a field needs another head than the one it has.
+
+    Args:
+        schema: the fields.
+        before: rows of every table as the heads were trained, the two reserved ones included.
+        after: rows of every table now.
+        config: decides which head a field gets.
+
+    Raises:
+        ConfigError: a field needs another head. The message says what to set.
+    """
+    for field in schema.fields:
+        rows = before[field.table_name], after[field.table_name]
+        old, new = (_head_of(field, count, config) for count in rows)
+        if old == new:
             continue
-        is_small = num_values <= config.full_softmax_max and field.kind != "sequence"
-        (full if is_small else sampled).append(field.name)
-    return full, sampled
+        values = [count - NUM_RESERVED_IDS for count in rows]
+        found = f"field {field.name!r}: its table has grown from {values[0]:,} to {values[1]:,} values"
+        if old == "full":
+            raise ConfigError(
+                f"{found}, past model.reconstruction.full_softmax_max: {config.full_softmax_max}, so its full "
+                f"softmax would give way to a sampled one; set full_softmax_max to {values[1]}, if that stays "
+                "below the fields that have a sampled softmax already, or train from the start"
+            )
+        raise ConfigError(
+            f"{found}, and with fewer than two it had no head that could go on; train from the start"
+        )
+
+
+def vocabulary_parameters(model: nn.Module) -> dict[str, str]:
+    """The dense parameters that have a row per value of a table, by name, and the name of the table.
+
+    They grow with their table: row i belongs to the id i + 2. Besides them and the tables nothing in a
+    checkpoint depends on the size of a vocabulary.
+
+    Args:
+        model: any module with heads inside, not wrapped.
+    """
+    return {
+        f"{path}.classes.{name}": name.split(".")[0]
+        for path, module in model.named_modules()
+        if isinstance(module, FullSoftmax)
+        for name, _ in module.classes.named_parameters()
+    }
 
 
 class FullSoftmax(nn.Module):

@@ -1,6 +1,8 @@
 """Reconstruction heads against slow references."""
 
 import math
+from copy import deepcopy
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 from small_log import DIM, FULL, HISTORY, LENGTH, NUM_VALUES, SAMPLED, SCHEMA, TOKENS, Log, column, corrupt
 from torch.nn import functional
 
+from hetegen_rec.config.errors import ConfigError
 from hetegen_rec.config.run import ReconstructionConfig
 from hetegen_rec.config.schema import NUM_RESERVED_IDS, Schema
 from hetegen_rec.models.corruption import RowNoise
@@ -16,7 +19,9 @@ from hetegen_rec.models.reconstruction import (
     Reconstruction,
     RowLosses,
     SampledSoftmax,
+    check_growth,
     split_fields,
+    vocabulary_parameters,
 )
 
 NUM_ROWS = 64
@@ -251,3 +256,41 @@ def test_losses_of_two_kinds_of_heads_are_put_side_by_side():
     assert both.loss.tolist() == [[1.0, 1.0, 3.0]] * 3
     assert both.chance.tolist() == [1.0, 1.0, 3.0]
     assert both.baseline.tolist() == [2.0, 2.0, 6.0]
+
+
+def rows_of_tables(**grown):
+    rows = {field.name: log().statistics.table_rows(field.name) for field in SCHEMA.table_owners}
+    return rows | {name: count + NUM_RESERVED_IDS for name, count in grown.items()}
+
+
+def test_tables_may_grow_while_every_field_keeps_its_head():
+    config = ReconstructionConfig(full_softmax_max=12)
+    check_growth(SCHEMA, rows_of_tables(), rows_of_tables(genres=12, item=10_000), config)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ({}, {"genres": 13}, r"'genres'.* to 13 values, past .*full_softmax_max: 12.* set .* to 13 "),
+        ({"genres": 1}, {"genres": 2}, r"'genres'.* from 1 to 2 values.* no head.*train from the start"),
+        ({"user": 1}, {}, r"'user'.*no head"),
+    ],
+    ids=["full to sampled", "none to full", "none to sampled"],
+)
+def test_a_field_that_outgrows_its_head_is_refused_by_name(before, after, message):
+    config = ReconstructionConfig(full_softmax_max=12)
+    with pytest.raises(ConfigError, match=message):
+        check_growth(SCHEMA, rows_of_tables(**before), rows_of_tables(**after), config)
+
+
+def test_parameters_that_grow_with_a_table_are_those_whose_shape_differs():
+    config = ReconstructionConfig(full_softmax_max=12)
+    small = Reconstruction(SCHEMA, log().statistics, DIM, config)
+    grown = deepcopy(log().statistics)
+    grown.fields["genres"] = replace(grown.fields["genres"], num_ids=NUM_RESERVED_IDS + 12)
+    grown.fields["item"] = replace(grown.fields["item"], num_ids=NUM_RESERVED_IDS + 5000)
+    large = Reconstruction(SCHEMA, grown, DIM, config).state_dict()
+    assert {name for name, value in small.state_dict().items() if value.shape != large[name].shape} == {
+        name for name, table in vocabulary_parameters(small).items() if table == "genres"
+    }
+    assert set(vocabulary_parameters(small).values()) == set(small.full_fields)
