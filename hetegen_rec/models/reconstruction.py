@@ -87,9 +87,9 @@ def check_growth(
         found = f"field {field.name!r}: its table has grown from {values[0]:,} to {values[1]:,} values"
         if old == "full":
             raise ConfigError(
-                f"{found}, past model.reconstruction.full_softmax_max: {config.full_softmax_max}, so its full "
-                f"softmax would give way to a sampled one; set full_softmax_max to {values[1]}, if that stays "
-                "below the fields that have a sampled softmax already, or train from the start"
+                f"{found}, past model.reconstruction.full_softmax_max: {config.full_softmax_max}, so that a "
+                f"sampled softmax would replace its full one; set it to {values[1]}, if that stays below the "
+                "fields that have a sampled softmax already, or train from the start"
             )
         raise ConfigError(
             f"{found}, and with fewer than two it had no head that could go on; train from the start"
