@@ -10,11 +10,12 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from hetegen_rec.config.schema import NUM_RESERVED_IDS
 from hetegen_rec.distributed.sharding import global_shape
 
 Shape: TypeAlias = tuple[int, ...]
 
-_TABLE_STATE = re.compile(r"\.embedding_bags\.([^.]+)\.weight\.")
+_TABLE = re.compile(r"\.embedding_bags\.([^.]+)\.weight\.")
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,31 @@ class Growth:
     def explains(self, stored: Shape, here: Shape) -> bool:
         """Whether one shape becomes the other by new rows, and by nothing else."""
         return (stored[:1], here[:1]) == ((self.before,), (self.after,)) and stored[1:] == here[1:]
+
+
+def grown_parameters(
+    state: Mapping[str, ShardedTensor | torch.Tensor],
+    heads: Mapping[str, str],
+    stored_rows: Mapping[str, int],
+) -> dict[str, Growth]:
+    """The parameters that a checkpoint holds with fewer rows, for `GrowingLoadPlanner`.
+
+    Args:
+        state: the model's state dict.
+        heads: names of the parameters with a row per value of a table, and that table, as
+            `vocabulary_parameters` finds them.
+        stored_rows: rows of each table in the checkpoint, the reserved ones included.
+    """
+    tables = {match[1]: key for key in state if (match := _TABLE.search(f".{key}."))}
+    rows = {table: global_shape(state[key])[0] for table, key in tables.items()}
+    grown = {table for table, stored in stored_rows.items() if stored < rows.get(table, 0)}
+    weights = {tables[table]: Growth(stored_rows[table], rows[table]) for table in grown}
+    values = {
+        name: Growth(stored_rows[table] - NUM_RESERVED_IDS, rows[table] - NUM_RESERVED_IDS)
+        for name, table in heads.items()
+        if table in grown
+    }
+    return weights | values
 
 
 class GrowingLoadPlanner(DefaultLoadPlanner):
@@ -42,8 +68,7 @@ class GrowingLoadPlanner(DefaultLoadPlanner):
         """Allows some parameters to grow.
 
         Args:
-            grown: by a parameter's name in the model's state dict, which is its name in the optimizer's
-                state as well.
+            grown: from `grown_parameters`; the optimizer's state is kept under the same names.
         """
         # Flattening, which is for tensors sharded twice, would hide tensors without a shard on this rank here
         # and show them again when reads are planned.
@@ -94,7 +119,7 @@ def optimizer_state_mismatch(
 
 def _explain(key: str, before: Shape | None, after: Shape | None) -> str:
     found = f"optimizer state {key} has shape {before or 'none'} there, {after or 'none'} here"
-    table = _TABLE_STATE.search(f".{key}")
+    table = _TABLE.search(f".{key}")
     if table is None:
         return f"{found}: restore the model section, and the train section of the stage"
     if before is not None and after is not None and len(before) == len(after) == 1:

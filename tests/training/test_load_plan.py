@@ -13,7 +13,13 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from toy_model import DIM, TABLES, Job
 
 from hetegen_rec.distributed.runtime import Runtime, start_runtime
-from hetegen_rec.training.load_plan import GrowingLoadPlanner, Growth, Shape, optimizer_state_mismatch
+from hetegen_rec.training.load_plan import (
+    GrowingLoadPlanner,
+    Growth,
+    Shape,
+    grown_parameters,
+    optimizer_state_mismatch,
+)
 
 ITEM = "ebc.embedding_bags.item.weight"
 GROWN = TABLES | {"item": 61}
@@ -58,7 +64,8 @@ def _read(directory: Path, kinds: tuple[str, ...]) -> dict[str, Any]:
             job = Job(runtime, kind, tables=GROWN)
             fresh = _item(job)
             state = _state(job)
-            load(state, checkpoint_id=directory, planner=GrowingLoadPlanner({ITEM: ROWS}))
+            grown = grown_parameters(state["model"], {}, TABLES)
+            load(state, checkpoint_id=directory, planner=GrowingLoadPlanner(grown))
             job.model.load_state_dict(state["model"])
             job.optimizer.load_state_dict(state["optimizer"])
             seen[kind] = {"scores": job.scores(), "item": _item(job), "fresh": fresh}
@@ -158,6 +165,21 @@ def test_a_key_that_is_not_stored_is_an_error(tmp_path: Path) -> None:
     save({"model": {}}, checkpoint_id=tmp_path)
     with pytest.raises(CheckpointException, match=r"model\.classes\.weight"):
         load(_head(6)[1], checkpoint_id=tmp_path, planner=GrowingLoadPlanner(HEAD))
+
+
+def test_tables_and_heads_with_more_rows_than_stored_have_grown() -> None:
+    shapes = {
+        ITEM: (61, 8),
+        "ebc.embedding_bags.tag.weight": (9, 8),
+        "classes.item.bias": (59,),
+        "out.bias": (2,),
+    }
+    state = {name: torch.empty(shape) for name, shape in shapes.items()}
+    heads = {"classes.item.bias": "item", "classes.tag.bias": "tag"}
+    assert grown_parameters(state, heads, {"item": 23, "tag": 9}) == {
+        ITEM: ROWS,
+        "classes.item.bias": Growth(21, 59),
+    }
 
 
 MOMENTUM = f"state.{ITEM}.item.momentum1"
