@@ -67,7 +67,8 @@ class Reader:
             columns: columns to read from the row groups.
             encode: encodes rows as they are read; None for encoded shards.
             skip_bad: put padding in the place of rows that cannot be read or encoded, and note them in
-                `skipped`, instead of raising an error. More than half of an epoch is an error still.
+                `skipped`, instead of raising an error. It is an error still when they are more than half
+                of this rank's rows in an epoch, and more than two row groups.
 
         Raises:
             ConfigError: lanes that cannot be shared by the ranks, or a batch by the lanes.
@@ -158,7 +159,10 @@ class Reader:
             self._columns,
             self._encode,
             skips=self._skip_log if self._skip_bad else None,
-            most_skipped=len(self._lanes) * plan.lanes.rows_per_lane // 2,
+            most_skipped=max(
+                len(self._lanes) * plan.lanes.rows_per_lane // 2,
+                2 * max(group.num_rows for group in self._row_groups),
+            ),
             abandoned=abandoned,
         )
         start = cursor.served[-1].rows_per_lane
@@ -167,8 +171,7 @@ class Reader:
             if piece.window is None:
                 yield lane, self._batcher.padding(piece.num_rows)
             else:
-                window = rows.read(plan.window(*piece.window), lane)
-                yield lane, window.slice(piece.start, piece.num_rows)
+                yield lane, rows.read(plan.window(*piece.window), lane).slice(piece.start, piece.num_rows)
 
     def _batches(
         self, pieces: Generator[tuple[int, pa.Table], None, None], lanes: Lanes, cursor: Cursor

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hetegen_rec.config.schema import Schema
-from hetegen_rec.data.batch import Cursor
 from hetegen_rec.data.batching import Batcher, encoded_schema
+from hetegen_rec.data.cursor import Cursor, Served
+from hetegen_rec.data.raw import DataError
 from hetegen_rec.data.statistics import FieldStatistics, Statistics
 
 SCHEMA = Schema.model_validate(
@@ -29,6 +30,7 @@ SCHEMA = Schema.model_validate(
 )
 NUM_IDS = {"user": 7, "genres": 5, "item": 9, "tags": 4, "age": 6}
 NUM_TRAINING_ROWS = 1000
+CURSOR = Cursor(2, (Served(4, 5),))
 
 
 class FakeStatistics:
@@ -85,7 +87,7 @@ def table_of(rows, first_row_id=0):
 def make(table, statistics=None, noise_seed=1, oov_dropout=0.0):
     strata = ((np.arange(table.num_rows) + 0.5) / table.num_rows).astype(np.float32)
     batcher = Batcher(SCHEMA, statistics or FakeStatistics(), oov_dropout)
-    return batcher.make(table, strata, noise_seed, Cursor(2, 5))
+    return batcher.make(table, strata, noise_seed, CURSOR, table.num_rows)
 
 
 def bags_of(row):
@@ -136,7 +138,7 @@ def test_columns_beside_the_ids_pass_through(rows):
     assert batch.row_ids.tolist() == table["__row_id"].to_pylist()
     assert set(batch.context) == {"timestamp", "user_key", "user_rows"}
     assert batch.context["user_key"].tolist() == table["__user_key"].to_pylist()
-    assert (batch.noise_seed, batch.cursor) == (17, Cursor(2, 5))
+    assert (batch.noise_seed, batch.cursor) == (17, CURSOR)
     assert all(0 < s < 1 for s in batch.strata.tolist())
 
 
@@ -172,13 +174,31 @@ def test_padding_holds_no_ids_and_no_rows():
     assert batch.kjt.lengths().tolist() == [0] * 3 * len(SCHEMA.tokens)
 
 
+@given(ROWS)
+def test_encoded_rows_conform_whatever_the_widths_of_their_types(rows):
+    table = table_of(rows)
+    wide = pa.schema([(name, pa.int64()) for name in ("user", "item", "age")])
+    for field in wide:
+        index = table.schema.get_field_index(field.name)
+        table = table.set_column(index, field, table[field.name].cast(pa.int64()))
+    batcher = Batcher(SCHEMA, FakeStatistics())
+    assert batcher.conform(table.append_column("other", table["user"]), "here") == table_of(rows)
+
+
+def test_no_rows_conform():
+    batcher = Batcher(SCHEMA, FakeStatistics())
+    assert batcher.conform(table_of([]), "here").num_rows == 0
+
+
 @pytest.mark.parametrize(
-    ("field", "value"), [("item", 9), ("user", -2), ("history", [0, 9]), ("tags", [1, 4])]
+    ("field", "value"),
+    [("item", 9), ("user", -1), ("history", [0, 9]), ("tags", [1, 4]), ("genres", [1] * 5), ("age", None)],
 )
-def test_ids_outside_their_table_are_an_error(field, value):
+def test_rows_that_are_none_of_these_statistics_do_not_conform(field, value):
     row = {"user": 1, "genres": [2], "item": 4, "history": [], "tags": [2], "age": 3, "__label": 1.0}
-    with pytest.raises(ValueError, match=rf"{field}.*table has .* rows.*prepare"):
-        make(table_of([{**row, field: value}]))
+    table = table_of([row, {**row, field: value}])
+    with pytest.raises(DataError, match=rf"here: column '{field}' holds .*prepare"):
+        Batcher(SCHEMA, FakeStatistics()).conform(table, "here")
 
 
 def many_rows(num_rows):
@@ -264,7 +284,7 @@ def test_lookups_weighted_by_their_rate_count_every_table_row_once_in_the_mean(o
     strata = np.full(table.num_rows, 0.5, np.float32)
     on_table = [t for t, token in enumerate(SCHEMA.tokens) if token.field in ("item", "history")]
     for epoch in range(num_epochs):
-        batch = batcher.make(table, strata, epoch, Cursor(epoch, 0))
+        batch = batcher.make(table, strata, epoch, Cursor(epoch), table.num_rows)
         ids, log_rate = batch.ids[:, on_table].numpy(), batch.log_rate[:, on_table].numpy()
         present = ids >= 0
         np.add.at(weights, ids[present], np.exp(-log_rate[present]) / table.num_rows)

@@ -1,5 +1,7 @@
 """From raw files over `prepare` to batches: prepared shards and raw rows encoded while reading."""
 
+import shutil
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -9,12 +11,14 @@ from alone import Alone
 
 from hetegen_rec.config.errors import ConfigError
 from hetegen_rec.config.loading import parse_config
+from hetegen_rec.data.cursor import Cursor
 from hetegen_rec.data.encoding import Encoder
 from hetegen_rec.data.prepare import prepare
 from hetegen_rec.data.raw import DataError
 from hetegen_rec.data.reader import open_reader
 
 ROWS = {"train": 120, "valid": 31, "test": 2}
+START = Cursor()
 
 
 def write_raw(directory, num_rows, seed):
@@ -105,7 +109,7 @@ def open_split(config, statistics, split, encoder=None, **changes):
 def rows_of(reader):
     """Content of every row, by row id."""
     rows = {}
-    for batch in reader.epoch(0):
+    for batch in reader.epoch(START):
         bags = []
         for tensor in batch.kjt.to_dict().values():
             bags.append([bag.tolist() for bag in torch.split(tensor.values(), tensor.lengths().tolist())])
@@ -124,44 +128,44 @@ def test_rows_encoded_on_the_fly_are_the_prepared_rows(prepared, on_the_fly, spl
 
 
 def test_frequencies_are_finite_for_every_token(prepared):
-    for batch in open_split(*prepared, "valid").epoch(0):
+    for batch in open_split(*prepared, "valid").epoch(START):
         assert torch.isfinite(batch.log_prior).all()
         assert torch.isfinite(batch.log_rate).all()
 
 
 def test_context_holds_what_the_schema_names(prepared):
-    batch = next(open_split(*prepared, "valid").epoch(0))
+    batch = next(open_split(*prepared, "valid").epoch(START))
     assert set(batch.context) == {"timestamp", "user_key", "user_rows", "item_rows"}
     assert batch.context["timestamp"].tolist() == [1000 + row for row in batch.row_ids.tolist()]
 
 
 def test_dropout_spares_ids_that_training_saw_often(prepared):
     config, statistics = prepared
-    plain = torch.cat([batch.ids for batch in open_split(config, statistics, "train").epoch(0)])
+    plain = torch.cat([batch.ids for batch in open_split(config, statistics, "train").epoch(START)])
     reader = open_split(config, statistics, "train", oov_dropout=10.0)
-    dropped = torch.cat([batch.ids for batch in reader.epoch(0)])
+    dropped = torch.cat([batch.ids for batch in reader.epoch(START)])
     users = (plain[:, 0] != dropped[:, 0]).float().mean()
     tags = (plain[:, 3] != dropped[:, 3]).float().mean()
     assert users > 2 * tags > 0
 
 
 def test_training_is_shuffled_and_evaluation_is_not(prepared):
-    train = [row for batch in open_split(*prepared, "train").epoch(0) for row in batch.row_ids.tolist()]
-    valid = [row for batch in open_split(*prepared, "valid").epoch(0) for row in batch.row_ids.tolist()]
+    train = [row for batch in open_split(*prepared, "train").epoch(START) for row in batch.row_ids.tolist()]
+    valid = [row for batch in open_split(*prepared, "valid").epoch(START) for row in batch.row_ids.tolist()]
     assert train != sorted(train)
     assert valid == sorted(valid)
 
 
 def test_evaluation_fits_any_number_of_ranks(prepared):
     readers = [open_split(*prepared, "test", rank=rank, world_size=3) for rank in range(3)]
-    rows = [[row for batch in reader.epoch(0) for row in batch.row_ids.tolist()] for reader in readers]
+    rows = [[row for batch in reader.epoch(START) for row in batch.row_ids.tolist()] for reader in readers]
     assert rows == [[0], [1], [-1]]
 
 
 def test_lanes_make_the_same_steps_on_one_and_two_ranks(raw, prepared):
     config, statistics = config_of(raw, lanes=4), prepared[1]
-    alone = open_split(config, statistics, "train").epoch(0)
-    pair = [open_split(config, statistics, "train", rank=r, world_size=2).epoch(0) for r in range(2)]
+    alone = open_split(config, statistics, "train").epoch(START)
+    pair = [open_split(config, statistics, "train", rank=r, world_size=2).epoch(START) for r in range(2)]
     for whole, *parts in zip(alone, *pair, strict=True):
         assert torch.cat([part.row_ids for part in parts]).tolist() == whole.row_ids.tolist()
 
@@ -182,3 +186,22 @@ def test_a_split_without_encoded_shards_is_an_error(raw, prepared):
     config = config_of(raw, prepared_dir=str(raw / "nowhere"))
     with pytest.raises(DataError, match="nowhere/valid"):
         open_split(config, prepared[1], "valid")
+
+
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+def test_the_configuration_says_what_becomes_of_bad_shards(raw, prepared, policy, tmp_path):
+    encoded = tmp_path / "prepared"
+    shutil.copytree(prepared[0].data.prepared_dir, encoded)
+    config = config_of(raw, prepared_dir=str(encoded), on_bad_shard=policy)
+    reader = open_split(config, prepared[1], "train")
+    victim = sorted((encoded / "train").iterdir())[0]
+    content = bytearray(victim.read_bytes())
+    content[4:200] = bytes(196)
+    victim.write_bytes(content)
+    if policy == "skip":
+        rows = [row for batch in reader.epoch(START) for row in batch.row_ids.tolist()]
+        assert (len(rows), sum(skipped.num_rows for skipped in reader.skipped)) == (120, rows.count(-1))
+        assert reader.skipped
+    else:
+        with pytest.raises(DataError, match=victim.name):
+            list(reader.epoch(START))
