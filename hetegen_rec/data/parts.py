@@ -46,7 +46,7 @@ class Parts:
             if self._writer is not None:
                 self._writer.close()
             path = self._directory / f"part-{self._rank:05d}-{part:05d}.parquet"
-            self._writer = pq.ParquetWriter(path, rows.schema, compression="zstd")
+            self._writer = pq.ParquetWriter(path, rows.schema, compression="zstd", write_page_checksum=True)
         assert self._writer is not None
         self._writer.write_table(rows, row_group_size=self._rows_per_group)
         self._num_groups += 1
