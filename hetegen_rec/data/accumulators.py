@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from hetegen_rec.config.schema import Field
 from hetegen_rec.data.columns import FieldValues, ValueType
 from hetegen_rec.data.hashing import UInt64Array, mix64, salt_of
-from hetegen_rec.data.raw import DataError
+from hetegen_rec.data.raw import BadRowsError, DataError
 from hetegen_rec.data.vocabulary import HashVocabulary, hash_values
 
 MAX_DISTINCT = 50_000_000
@@ -42,10 +42,17 @@ class Counter(Protocol):
 
 
 class FieldAccumulator:
-    """What is counted of one field: missing values, values by kind, and where their type was seen."""
+    """What is counted of one field: missing values, values by kind, and where their type was seen.
 
-    def __init__(self, field: Field, owner: Field) -> None:
+    Args:
+        field: the field.
+        owner: the field that owns its table.
+        expected: the type that values must have, if they must not follow the first ones.
+    """
+
+    def __init__(self, field: Field, owner: Field, expected: ValueType = "none") -> None:
         self._field = field
+        self._expected = expected
         self.num_values = 0
         self.num_missing = 0
         self.value_type: ValueType = "none"
@@ -53,35 +60,39 @@ class FieldAccumulator:
         self.counter = _counter(field, owner)
 
     def add(self, found: FieldValues, where: str) -> None:
-        """Counts the values of some rows.
-
-        Raises:
-            DataError: their type differs from that of rows before.
-        """
-        self._unify(found.value_type, where)
+        """Counts the values of some rows, of a type that was checked."""
+        self._note_type(found.value_type, where)
         self.num_values += len(found.values)
         self.num_missing += int((found.lengths == 0).sum())
         if len(found.values):
             self.counter.add(found.values)
 
     def merge(self, other: "FieldAccumulator") -> None:
-        """Adds another rank's counts; DataError if it saw another type."""
-        self._unify(other.value_type, other.typed_in)
+        """Adds another rank's counts; BadRowsError if it saw another type."""
+        self.check_type(other.value_type, other.typed_in)
+        self._note_type(other.value_type, other.typed_in)
         self.num_values += other.num_values
         self.num_missing += other.num_missing
         self.counter.merge(other.counter)
 
-    def _unify(self, value_type: ValueType, where: str) -> None:
+    def check_type(self, value_type: ValueType, where: str) -> None:
+        """Raises BadRowsError if values of this type do not go with those before."""
         if value_type == "none":
             return
-        if self.value_type == "none":
+        if self._expected not in ("none", value_type):
+            raise self._mixed(where, value_type, "most training rows are stored as", self._expected)
+        if self.value_type not in ("none", value_type):
+            raise self._mixed(where, value_type, f"{self.typed_in} holds", self.value_type)
+
+    def _note_type(self, value_type: ValueType, where: str) -> None:
+        if self.value_type == "none" != value_type:
             self.value_type, self.typed_in = value_type, where
-        elif self.value_type != value_type:
-            raise DataError(
-                f"{where}: column {self._field.column!r} of field {self._field.name!r} holds "
-                f"{value_type} values, but {self.typed_in} holds {self.value_type} values; "
-                "write all shards with one type"
-            )
+
+    def _mixed(self, where: str, found: ValueType, others: str, expected: ValueType) -> BadRowsError:
+        return BadRowsError(
+            f"{where}: column {self._field.column!r} of field {self._field.name!r} holds {found} values, but "
+            f"{others} {expected} values; write all shards with one type"
+        )
 
 
 def _counter(field: Field, owner: Field) -> Counter:
@@ -254,4 +265,5 @@ def _ordered_codes(numbers: npt.NDArray[np.float64]) -> UInt64Array:
 
 def _numbers_of(codes: UInt64Array) -> npt.NDArray[np.float64]:
     numbers: npt.NDArray[np.float64] = np.where(codes & _SIGN, codes ^ _SIGN, ~codes).view(np.float64)
-    return numbers
+    # Below the code of minus infinity, where cutting bits leads, are no numbers.
+    return np.where(np.isnan(numbers), -np.inf, numbers)

@@ -8,9 +8,11 @@ Whatever width or encoding a shard stores, a field's values become one of
     number    float64        the values of `numeric` fields, -0.0 made 0.0
 
 so that shards of int32 and int64 give the same ids. Digits in a string are not an integer: a column
-is one or the other in all shards. Missing are null and NaN; an empty string is a value.
+is one or the other in all shards. Missing are null and NaN; an empty string is a value. Infinities
+are numbers, below and above all others. Strings are checked to be UTF-8, which Arrow does not do.
 """
 
+from bisect import bisect
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -20,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from hetegen_rec.config.schema import Field, Schema
-from hetegen_rec.data.raw import DataError, column_keys
+from hetegen_rec.data.raw import BadRowsError, column_keys
 
 ValueType: TypeAlias = Literal["integer", "string", "number", "none"]
 """`none` is that of rows without values, which fits every other type."""
@@ -49,44 +51,66 @@ class FieldValues:
         return _TYPE_NAMES[self.values.type] if len(self.values) else "none"
 
 
-def field_values(table: pa.Table, field: Field, where: str) -> FieldValues:
+def field_values(table: pa.Table, field: Field, first_row: int, where: str) -> FieldValues:
     """The kept values of one field.
 
     A list loses its nulls, then `multi_valued` keeps its first `max_length` values and `sequence`
     its last, the most recent, and reverses them.
 
+    Args:
+        table: raw columns.
+        field: the field.
+        first_row: index of the table's first row in the split, for errors.
+        where: file and row group, for errors.
+
     Raises:
-        DataError: the column's type does not fit the field's kind.
+        BadRowsError: the column's type does not fit the field's kind, or a value is none of it.
     """
     array = _plain(_column(table, field.column))
     if not field.is_list:
-        present, values = _canonical(array, field, where)
+        rows = np.arange(len(array))
+        present, values = _canonical(array, rows + first_row, field, where)
         return FieldValues(values, present.astype(np.int64))
     if pa.types.is_null(array.type):
         return FieldValues(array.drop_null(), np.zeros(len(array), np.int64))
     if not _is_list(array.type):
         raise _wrong_type(field, "lists", array.type, where)
     rows = pc.list_parent_indices(array).to_numpy(zero_copy_only=False).astype(np.int64)
-    present, values = _canonical(_plain(pc.list_flatten(array)), field, where)
+    present, values = _canonical(_plain(pc.list_flatten(array)), rows + first_row, field, where)
     return _cut(values, rows[present], len(array), field)
+
+
+def type_in(field: Field, stored: pa.DataType) -> ValueType:
+    """The type that a field's values would have where the column is stored so; `none` if none fits."""
+    if field.is_list:
+        stored = stored.value_type if _is_list(stored) else pa.null()
+    if pa.types.is_dictionary(stored):
+        stored = stored.value_type
+    if pa.types.is_null(stored):
+        return "none"
+    if field.kind == "numeric":
+        return "number" if _is_number(stored) else "none"
+    if _is_text(stored):
+        return "string"
+    return "integer" if _is_number(stored) and not pa.types.is_decimal(stored) else "none"
 
 
 def labels(table: pa.Table, schema: Schema, first_row: int, where: str) -> npt.NDArray[np.float32]:
     """[B] labels, 0 or 1.
 
     Raises:
-        DataError: the column is not a number or boolean, or a row holds anything but 0 and 1.
+        BadRowsError: the column is not a number or boolean, or a row holds anything but 0 and 1.
     """
     array = _plain(_column(table, schema.label))
     if not _is_number(array.type):
-        raise DataError(
+        raise BadRowsError(
             f"{where}: label column {schema.label!r}: expected 0 and 1 as numbers or booleans, "
             f"found {array.type}; convert it"
         )
     values: npt.NDArray[np.float64] = array.cast(pa.float64()).to_numpy(zero_copy_only=False)
     wrong = np.flatnonzero((values != 0) & (values != 1))
     if len(wrong):
-        raise DataError(
+        raise BadRowsError(
             f"{where}: label column {schema.label!r}: row {first_row + wrong[0]} of the split holds "
             f"{array[int(wrong[0])].as_py()!r}, expected 0 or 1 ({len(wrong)} such row(s) here); "
             "convert or drop them"
@@ -98,7 +122,7 @@ def timestamps(table: pa.Table, schema: Schema, where: str) -> npt.NDArray[np.in
     """[B] event times, in the unit of the column; 0 where missing.
 
     Raises:
-        DataError: the column is neither integer nor a time.
+        BadRowsError: the column is neither integer nor a time, or a number is too large for a time.
     """
     if schema.timestamp is None:
         raise ValueError("the schema has no timestamp")
@@ -107,18 +131,21 @@ def timestamps(table: pa.Table, schema: Schema, where: str) -> npt.NDArray[np.in
     if pa.types.is_date32(kind):
         array = array.cast(pa.timestamp("s"))
     elif not (pa.types.is_integer(kind) or pa.types.is_timestamp(kind) or pa.types.is_null(kind)):
-        raise DataError(
+        raise BadRowsError(
             f"{where}: timestamp column {schema.timestamp!r}: expected integers or timestamps, found {kind}"
         )
-    times: npt.NDArray[np.int64] = array.cast(pa.int64()).fill_null(0).to_numpy(zero_copy_only=False)
+    try:
+        times: npt.NDArray[np.int64] = array.cast(pa.int64()).fill_null(0).to_numpy(zero_copy_only=False)
+    except pa.ArrowInvalid as error:
+        raise BadRowsError(f"{where}: timestamp column {schema.timestamp!r}: {error}") from error
     return times
 
 
 def require_columns(table: pa.Table, schema: Schema, where: str, *, labelled: bool = True) -> None:
-    """Raises DataError unless the table has every column that the schema reads (see `column_keys`)."""
+    """Raises BadRowsError unless the table has every column that the schema reads (see `column_keys`)."""
     for column, key in column_keys(schema, labelled=labelled).items():
         if column not in table.column_names:
-            raise DataError(
+            raise BadRowsError(
                 f"{where}: no column {column!r} (`{key}`); there are: {', '.join(table.column_names)}"
             )
 
@@ -136,8 +163,10 @@ def _plain(array: pa.Array | pa.ChunkedArray) -> pa.Array:
     return array.cast(pa.large_string()) if pa.types.is_string_view(array.type) else array
 
 
-def _canonical(array: pa.Array, field: Field, where: str) -> tuple[npt.NDArray[np.bool_], pa.Array]:
-    """Which values are there, and those in the field's type."""
+def _canonical(
+    array: pa.Array, rows: npt.NDArray[np.int64], field: Field, where: str
+) -> tuple[npt.NDArray[np.bool_], pa.Array]:
+    """Which values are there, and those in the field's type; `rows` says to which row each belongs."""
     if pa.types.is_floating(array.type):
         array = pc.if_else(pc.is_nan(array), None, array)
     present = array.is_valid().to_numpy(zero_copy_only=False)
@@ -146,7 +175,7 @@ def _canonical(array: pa.Array, field: Field, where: str) -> tuple[npt.NDArray[n
         return present, values
     if field.kind == "numeric":
         return present, _numbers(values, field, where)
-    return present, _identities(values, field, where)
+    return present, _identities(values, rows[present], field, where)
 
 
 def _numbers(values: pa.Array, field: Field, where: str) -> pa.Array:
@@ -156,27 +185,51 @@ def _numbers(values: pa.Array, field: Field, where: str) -> pa.Array:
     return pa.array(values.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False) + 0.0)
 
 
-def _identities(values: pa.Array, field: Field, where: str) -> pa.Array:
+def _identities(values: pa.Array, rows: npt.NDArray[np.int64], field: Field, where: str) -> pa.Array:
     kind = values.type
     if pa.types.is_uint64(kind):
         return pa.array(values.to_numpy(zero_copy_only=False).view(np.int64))
     if pa.types.is_integer(kind) or pa.types.is_boolean(kind):
         return values.cast(pa.int64())
     if pa.types.is_floating(kind):
-        return _whole_numbers(values, field, where)
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        return values.cast(pa.large_string())
+        return _whole_numbers(values, rows, field, where)
+    if _is_text(kind):
+        return _utf8(values.cast(pa.large_string()), rows, field, where)
     raise _wrong_type(field, "integers or strings", kind, where)
 
 
-def _whole_numbers(values: pa.Array, field: Field, where: str) -> pa.Array:
+def _whole_numbers(values: pa.Array, rows: npt.NDArray[np.int64], field: Field, where: str) -> pa.Array:
+    numbers = values.cast(pa.float64()).to_numpy(zero_copy_only=False)
+    wrong = np.flatnonzero((numbers != np.trunc(numbers)) | (np.abs(numbers) >= 2.0**63))
+    if len(wrong):
+        first = wrong[0]
+        raise _bad_rows(
+            field,
+            where,
+            f"row {rows[first]} of the split holds {numbers[first]}; a floating-point column may hold "
+            "whole numbers only, of 64 bits; use kind `numeric` or convert it",
+        )
+    return pa.array(numbers.astype(np.int64))
+
+
+def _utf8(strings: pa.Array, rows: npt.NDArray[np.int64], field: Field, where: str) -> pa.Array:
+    if not _is_valid(strings):
+        first = bisect(range(len(strings)), False, key=lambda last: not _is_valid(strings.slice(0, last + 1)))
+        value = strings.cast(pa.large_binary())[first].as_py()
+        raise _bad_rows(
+            field,
+            where,
+            f"row {rows[first]} of the split holds {value[:40]!r}, which is not UTF-8; write it as UTF-8",
+        )
+    return strings
+
+
+def _is_valid(array: pa.Array) -> bool:
     try:
-        return values.cast(pa.int64(), safe=True)
-    except pa.ArrowInvalid as error:
-        raise DataError(
-            f"{where}: column {field.column!r} of {field.kind} field {field.name!r}: a floating-point "
-            f"column may hold whole numbers only ({error}); use kind `numeric` or convert it"
-        ) from error
+        array.validate(full=True)
+    except pa.ArrowInvalid:
+        return False
+    return True
 
 
 def _cut(values: pa.Array, rows: npt.NDArray[np.int64], num_rows: int, field: Field) -> FieldValues:
@@ -195,6 +248,10 @@ def _is_list(kind: pa.DataType) -> bool:
     return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
 def _is_number(kind: pa.DataType) -> bool:
     return bool(
         pa.types.is_integer(kind)
@@ -205,8 +262,11 @@ def _is_number(kind: pa.DataType) -> bool:
     )
 
 
-def _wrong_type(field: Field, expected: str, found: Any, where: str) -> DataError:
-    return DataError(
-        f"{where}: column {field.column!r} of {field.kind} field {field.name!r}: expected {expected}, "
-        f"found {found}; change the field's kind or convert the column"
+def _wrong_type(field: Field, expected: str, found: Any, where: str) -> BadRowsError:
+    return _bad_rows(
+        field, where, f"expected {expected}, found {found}; change the field's kind or convert the column"
     )
+
+
+def _bad_rows(field: Field, where: str, problem: str) -> BadRowsError:
+    return BadRowsError(f"{where}: column {field.column!r} of {field.kind} field {field.name!r}: {problem}")

@@ -25,7 +25,7 @@ import pyarrow as pa
 from hetegen_rec.config.schema import Field, ReservedId, Schema
 from hetegen_rec.data.columns import FieldValues, field_values, labels, require_columns, timestamps
 from hetegen_rec.data.hashing import salt_of
-from hetegen_rec.data.raw import DataError, column_keys
+from hetegen_rec.data.raw import BadRowsError, column_keys
 from hetegen_rec.data.statistics import Statistics
 from hetegen_rec.data.vocabulary import (
     BucketVocabulary,
@@ -84,13 +84,13 @@ class Encoder:
             labelled: False for rows to be scored only: label and timestamp are not read, and are 0.
 
         Raises:
-            DataError: a column is missing or has the wrong type, or a label is not 0 or 1.
+            BadRowsError: a column is missing, its type or a value is wrong, or a label is not 0 or 1.
         """
         require_columns(table, self._schema, where, labelled=labelled)
         columns: dict[str, pa.Array] = {}
         context: dict[str, npt.NDArray[np.int64]] = {}
         for field in self._schema.fields:
-            found = field_values(table, field, where)
+            found = field_values(table, field, first_row, where)
             self._require_type(field, found, where)
             columns[field.name] = _id_column(field, found, self._lookup(field, found.values))
             context.update(self._context(field, found))
@@ -121,7 +121,7 @@ class Encoder:
         """Values of another type than in training would all be unknown, and silently so."""
         expected = self._statistics.fields[field.table_name].value_type
         if "none" not in (expected, found.value_type) and expected != found.value_type:
-            raise DataError(
+            raise BadRowsError(
                 f"{where}: column {field.column!r} of {field.kind} field {field.name!r} holds "
                 f"{found.value_type} values, but the training rows hold {expected} values; "
                 "write all shards with one type"

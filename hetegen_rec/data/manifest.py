@@ -10,10 +10,11 @@ import fsspec
 
 from hetegen_rec.config.run import DataConfig, RunConfig, Split
 from hetegen_rec.config.schema import Schema
+from hetegen_rec.data.bad_shards import BadShard
 from hetegen_rec.data.raw import DataError
 
 MANIFEST_FILE = "manifest.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Raised whenever prepared files change their meaning."""
 
 
@@ -26,9 +27,11 @@ class Manifest:
     input_fingerprint: str
     """Identifies the raw files (by name, size and time of change) and how they were written."""
     num_rows: Mapping[Split, int]
-    """Rows of each split."""
+    """Usable rows of each split."""
     encoded_splits: Sequence[Split]
     """Splits with encoded shards; none with `data.encode: on_the_fly`."""
+    skipped: Sequence[BadShard] = ()
+    """What was left out, with `data.on_bad_shard: skip`."""
     format_version: int = FORMAT_VERSION
 
     def write(self, directory: Path) -> None:
@@ -60,6 +63,7 @@ def read_manifest(directory: str | Path) -> Manifest:
             f"{directory}: prepared in format {version}, this version reads {FORMAT_VERSION}; "
             "delete it and run prepare again"
         )
+    content["skipped"] = tuple(BadShard(**shard) for shard in content["skipped"])
     return Manifest(**content)
 
 
@@ -95,12 +99,16 @@ def input_fingerprint(data: DataConfig, files: Mapping[Split, Sequence[str]]) ->
 
 
 def _stamp(path: str) -> list[str | int]:
-    if "://" not in path:
-        status = Path(path).stat()
-        return [path, status.st_size, status.st_mtime_ns]
-    filesystem, inner = fsspec.core.url_to_fs(path)
+    """Name, size and time of change; a file that is not there is found out when it is read."""
+    try:
+        if "://" not in path:
+            status = Path(path).stat()
+            return [path, status.st_size, status.st_mtime_ns]
+        filesystem, inner = fsspec.core.url_to_fs(path)
+        info = filesystem.info(inner)
+    except OSError:
+        return [path, "not there"]
     # Object stores name the content (`ETag`) or the time of change, each in its own way.
-    info = filesystem.info(inner)
     changed = info.get("ETag") or info.get("LastModified") or info.get("mtime") or info.get("created")
     return [path, info["size"], str(changed)]
 

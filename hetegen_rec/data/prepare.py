@@ -4,31 +4,39 @@ Two passes over row groups, each rank reading its own contiguous share in bounde
 the training rows, one encodes every split. In between, the counts of each table are merged by one
 rank. The output appears at `data.prepared_dir` at the end, whole, or not at all:
 
-    manifest.json                         what this was made from
+    manifest.json                         what this was made from, and what was left out
     statistics.json, arrays/              `Statistics`
     vocabulary/<table>.parquet            exact vocabularies
     {train,valid,test}/part-RRRRR-NNNNN.parquet   encoded rows in raw order (rank, file);
                                           absent with `data.encode: on_the_fly`
+    row_groups.parquet                    with it: the usable row groups of the raw files
 
 Everything but the cut into files is the same whatever the number of ranks. The ranks share the file
-system of `data.prepared_dir`.
+system of `data.prepared_dir`; of several jobs that prepare it at a time one does, and the others wait.
+
+With `data.on_bad_shard: skip` a row group that cannot be used leaves no trace in what is written. One
+that breaks between the passes makes them start again without it.
 """
 
+import itertools
 import logging
 import pickle
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import pyarrow as pa
 
 from hetegen_rec.config.run import RunConfig, Split
-from hetegen_rec.config.schema import Schema
 from hetegen_rec.data.accumulators import FieldAccumulator
+from hetegen_rec.data.bad_shards import BadShard, summary, warn_of
+from hetegen_rec.data.columns import ValueType
 from hetegen_rec.data.encoding import VOCABULARY_DIR, Encoder, vocabulary_path
+from hetegen_rec.data.listing import Files, Groups, Listing, list_groups, look_at, require_rows
 from hetegen_rec.data.manifest import (
     MANIFEST_FILE,
     Manifest,
@@ -38,18 +46,9 @@ from hetegen_rec.data.manifest import (
     schema_fingerprint,
 )
 from hetegen_rec.data.parts import Parts
-from hetegen_rec.data.raw import (
-    ColumnKeys,
-    DataError,
-    RowGroup,
-    check_columns,
-    column_keys,
-    expand_paths,
-    group_sizes,
-    is_csv,
-    iter_tables,
-    row_groups,
-)
+from hetegen_rec.data.prepared import write_row_groups
+from hetegen_rec.data.raw import BadRowsError, DataError, expand_paths, row_groups
+from hetegen_rec.data.row_pass import BadGroup, Progress, RowPass, num_rows_of, silent
 from hetegen_rec.data.statistics import (
     Accumulator,
     Statistics,
@@ -58,24 +57,19 @@ from hetegen_rec.data.statistics import (
 )
 from hetegen_rec.data.workers import Workers
 from hetegen_rec.files import replace_directory
+from hetegen_rec.locks import LockedError, directory_lock
 
 logger = logging.getLogger(__name__)
 
-Progress: TypeAlias = Callable[[str, int, int], None]
-"""Told of rank 0's work: the phase, its rows done, its rows in all."""
-Files: TypeAlias = dict[Split, list[str]]
-Groups: TypeAlias = dict[Split, list[RowGroup]]
 Fingerprints: TypeAlias = tuple[str, str]
 """Of the schema and of the input files."""
 
 _COUNTS_DIR = "counts"
+_SECONDS_BETWEEN_TRIES = 1.0
+_TRIES_BETWEEN_LINES = 30
 
 
-def _silent(phase: str, done: int, total: int) -> None:
-    """No progress."""
-
-
-def prepare(config: RunConfig, workers: Workers, progress: Progress = _silent) -> Statistics:
+def prepare(config: RunConfig, workers: Workers, progress: Progress = silent) -> Statistics:
     """Prepares a run's data; returns at once if they are prepared from the same files already.
 
     Args:
@@ -90,16 +84,14 @@ def prepare(config: RunConfig, workers: Workers, progress: Progress = _silent) -
         DataError: the raw data are not what the configuration says. Nothing is left behind, and
             what was prepared before stays.
     """
-    with workers.together("finding the raw files"):
-        files: Files = {split: expand_paths(config.data.raw_paths(split)) for split in config.splits()}
-        fingerprints = schema_fingerprint(config.features), input_fingerprint(config.data, files)
-    if workers.gather(_is_current(config, fingerprints))[0]:
-        logger.info("%s is up to date", config.data.prepared_dir)
-        return read_statistics(config)
-    preparation = _Preparation(config, workers, progress, _list_groups(config, files, workers))
-    with _staged(config, workers) as directory:
-        preparation.write(directory, fingerprints)
-    logger.info("prepared %s", config.data.prepared_dir)
+    files, fingerprints = _find_files(config, workers)
+    if not workers.gather(_is_current(config, fingerprints))[0]:
+        with _one_job(config, workers):
+            # Another job may have prepared the same while this one waited.
+            if not workers.gather(_is_current(config, fingerprints))[0]:
+                _prepare(config, workers, progress, files, fingerprints)
+    if workers.rank == 0:
+        _tell(config)
     return read_statistics(config)
 
 
@@ -118,7 +110,7 @@ def encode_files(
     patterns: Sequence[str],
     directory: Path,
     workers: Workers,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> None:
     """Encodes raw files outside any split, to be scored: by what `prepare` learnt, labels not needed.
 
@@ -137,19 +129,50 @@ def encode_files(
         check_prepared(config)
         paths = expand_paths(patterns)
         if workers.rank == 0:
-            shutil.rmtree(directory, ignore_errors=True)
-            directory.mkdir(parents=True)
-    sizes = _group_sizes(paths, column_keys(config.features, labelled=False), workers)
-    groups = row_groups([(path, sizes[path]) for path in paths])
+            _make_empty(directory)
+    looked_at = look_at(paths, config.features, workers, labelled=False)
+    groups = row_groups([(path, looked_at[path].group_rows or ()) for path in paths])
     if not groups:
         raise DataError(f"no rows in {', '.join(patterns)}; name files that hold rows")
     with workers.together("encoding"):
         encoder = Encoder.load(config.data.prepared_dir, config.features)
         parts = Parts(directory, workers.rank, config.data.rows_per_group)
-        rows = _raw_tables(groups, config.features, workers, "encoding", progress, labelled=False)
-        for table, first_row, where in rows:
+
+        def encode(table: pa.Table, first_row: int, where: str) -> None:
             parts.add(encoder.encode(table, first_row, where, labelled=False))
+
+        RowPass(config.features, workers, progress, labelled=False).read(groups, "encoding", encode)
         parts.close()
+
+
+def _find_files(config: RunConfig, workers: Workers) -> tuple[Files, Fingerprints]:
+    """Rank 0's view of the files, for all: they may change while the ranks look."""
+    found = None
+    with workers.together("finding the raw files"):
+        if workers.rank == 0:
+            files: Files = {split: expand_paths(config.data.raw_paths(split)) for split in config.splits()}
+            found = files, (schema_fingerprint(config.features), input_fingerprint(config.data, files))
+    of_rank_0: tuple[Files, Fingerprints] = workers.gather(found)[0]
+    return of_rank_0
+
+
+def _prepare(
+    config: RunConfig, workers: Workers, progress: Progress, files: Files, fingerprints: Fingerprints
+) -> None:
+    try:
+        preparation = _Preparation(config, workers, progress, list_groups(config, files, workers))
+        with _staged(config, workers) as directory:
+            preparation.write(directory, fingerprints)
+    except BadRowsError as error:
+        raise BadRowsError(f"{error}; or leave out such rows with `data.on_bad_shard: skip`") from error
+
+
+def _tell(config: RunConfig) -> None:
+    skipped = read_manifest(config.data.prepared_dir).skipped
+    if skipped:
+        logger.warning("%s is prepared; %s", config.data.prepared_dir, summary(skipped))
+    else:
+        logger.info("%s is prepared", config.data.prepared_dir)
 
 
 def _is_current(config: RunConfig, fingerprints: Fingerprints) -> bool:
@@ -157,60 +180,55 @@ def _is_current(config: RunConfig, fingerprints: Fingerprints) -> bool:
         found = read_manifest(config.data.prepared_dir)
     except DataError:
         return False
+    if found.skipped and config.data.on_bad_shard == "stop":
+        return False
     return (found.schema_fingerprint, found.input_fingerprint) == fingerprints
 
 
-def _list_groups(config: RunConfig, files: Files, workers: Workers) -> Groups:
-    """The row groups of every split."""
-    paths = sorted({path for paths in files.values() for path in paths})
-    with workers.together("checking the raw files"):
-        for path in paths:
-            _check_mode(path, config)
-    sizes = _group_sizes(paths, column_keys(config.features), workers)
-    groups = {split: row_groups([(path, sizes[path]) for path in files[split]]) for split in files}
-    for split, found in groups.items():
-        if not found:
-            raise DataError(
-                f"split `{split}` is empty: no rows in {', '.join(config.data.raw_paths(split))}; "
-                f"name files that hold rows under `data.{split}`"
-            )
-    return groups
-
-
-def _group_sizes(paths: Sequence[str], columns: ColumnKeys, workers: Workers) -> dict[str, list[int]]:
-    """Rows of each row group of files that must have the columns. Each rank reads a share of the footers."""
-    sizes: dict[str, list[int]] = {}
-    with workers.together("reading the raw files' footers"):
-        for path in paths[workers.rank :: workers.world_size]:
-            check_columns(path, columns)
-            sizes[path] = group_sizes(path)
-    return {path: rows for part in workers.gather(sizes) for path, rows in part.items()}
-
-
-def _check_mode(path: str, config: RunConfig) -> None:
-    if config.data.encode == "on_the_fly" and is_csv(path):
-        raise DataError(
-            f"{path}: `data.encode: on_the_fly` needs Parquet, CSV cannot be read by row group; "
-            "use `prepared`"
-        )
-
-
 @contextmanager
-def _staged(config: RunConfig, workers: Workers) -> Iterator[Path]:
-    """A directory beside the final one that takes its place at the end, or goes if anything fails."""
+def _one_job(config: RunConfig, workers: Workers) -> Iterator[None]:
+    """Context in which no other job writes `data.prepared_dir`; waits for one that does. A collective.
+
+    The ranks wait in many short collectives, because a long one would run into the job's time limit.
+    """
     if "://" in config.data.prepared_dir:
         raise DataError(
             f"`data.prepared_dir: {config.data.prepared_dir}` is a URL; name a directory on a file system "
             "that all ranks share"
         )
+    with ExitStack() as held:
+        for attempt in itertools.count():
+            locked_by = None
+            with workers.together("locking data.prepared_dir"):
+                if workers.rank == 0:
+                    locked_by = _try_lock(config, held)
+            if workers.gather(locked_by)[0] is None:
+                break
+            if workers.rank == 0 and attempt % _TRIES_BETWEEN_LINES == 0:
+                logger.info("waiting for another job that prepares the same data: %s", locked_by)
+            time.sleep(_SECONDS_BETWEEN_TRIES)
+        yield
+
+
+def _try_lock(config: RunConfig, held: ExitStack) -> str | None:
+    """Takes the lock, or says who has it."""
+    try:
+        held.enter_context(directory_lock(Path(config.data.prepared_dir)))
+    except LockedError as error:
+        return str(error)
+    return None
+
+
+@contextmanager
+def _staged(config: RunConfig, workers: Workers) -> Iterator[Path]:
+    """A directory beside the final one that takes its place at the end, or goes if anything fails."""
     final = Path(config.data.prepared_dir)
     partial = final.with_name(f".{final.name}.partial")
     try:
         with workers.together("making the output directory"):
             if workers.rank == 0:
                 _refuse_foreign(final)
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(parents=True)
+                _make_empty(partial)
         yield partial
         with workers.together("moving the prepared data into place"):
             if workers.rank == 0:
@@ -218,6 +236,11 @@ def _staged(config: RunConfig, workers: Workers) -> Iterator[Path]:
     finally:
         if workers.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def _make_empty(directory: Path) -> None:
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
 
 
 def _refuse_foreign(final: Path) -> None:
@@ -235,34 +258,58 @@ class _Preparation:
     config: RunConfig
     workers: Workers
     progress: Progress
-    groups: Groups
+    listing: Listing
+    skipped: list[BadShard] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._groups: Groups = self.listing.groups
+        self._leave_out(self.listing.bad)
+        skip = self.config.data.on_bad_shard == "skip"
+        self._rows = RowPass(self.config.features, self.workers, self.progress, skip=skip)
 
     def write(self, directory: Path, fingerprints: Fingerprints) -> None:
         """Fills the directory."""
-        self._count(directory)
-        self._merge(directory)
-        encoded = list(self.groups) if self.config.data.encode == "prepared" else []
-        if encoded:
-            self._encode(directory)
+        encoded = list(self._groups) if self.config.data.encode == "prepared" else []
+        while not self._fill(directory, encoded):
+            with self.workers.together("starting again"):
+                if self.workers.rank == 0:
+                    logger.warning("training rows became unusable after they were counted; counting again")
+                    _make_empty(directory)
         with self.workers.together("writing the manifest"):
             if self.workers.rank == 0:
                 shutil.rmtree(directory / _COUNTS_DIR)
-                num_rows = {split: _num_rows(groups) for split, groups in self.groups.items()}
-                Manifest(*fingerprints, num_rows, encoded).write(directory)
+                if not encoded:
+                    write_row_groups(directory, self._groups)
+                num_rows = {split: num_rows_of(groups) for split, groups in self._groups.items()}
+                Manifest(*fingerprints, num_rows, encoded, self.skipped).write(directory)
+
+    def _fill(self, directory: Path, encoded: Sequence[Split]) -> bool:
+        """The passes; False as soon as rows that were counted turn out unusable."""
+        self._count(directory)
+        self._merge(directory)
+        for split in encoded:
+            num_bad = self._encode(directory, split)
+            if num_bad and split == "train":
+                return False
+        return True
 
     def _count(self, directory: Path) -> None:
         """Counts this rank's training rows into files, one a table."""
         with self.workers.together("counting the training rows"):
-            accumulator = Accumulator(self.config.features)
-            for table, first_row, where in self._raw_tables("train", "counting"):
-                accumulator.add(table, first_row, where)
+            accumulator = Accumulator(self.config.features, self._expected_types())
+            bad = self._rows.read(self._groups["train"], "counting train", accumulator.add)
             for owner in self.config.features.table_owners:
                 path = _counts_path(directory, owner.name, self.workers.rank)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 # Written and read within this job only.
                 path.write_bytes(pickle.dumps(accumulator.of_table(owner.name)))
+        self._leave_out_groups("train", bad)
         totals = self.workers.gather((accumulator.num_rows, accumulator.num_positives))
         self._num_rows, self._num_positives = (sum(column) for column in zip(*totals, strict=True))
+
+    def _expected_types(self) -> dict[str, ValueType]:
+        """Skipping, a type that differs must not depend on which rows a rank sees first."""
+        return self.listing.stored_types if self._rows.skip else {}
 
     def _merge(self, directory: Path) -> None:
         """Merges the ranks' counts of this rank's tables; rank 0 gathers what is known of the fields."""
@@ -288,60 +335,34 @@ class _Preparation:
             vocabulary.save(vocabulary_path(directory, table))
         return {field.name: field.save(directory) for field in fields}
 
-    def _encode(self, directory: Path) -> None:
-        """Encodes this rank's rows of every split."""
-        with self.workers.together("encoding"):
+    def _encode(self, directory: Path, split: Split) -> int:
+        """Encodes this rank's rows of a split; returns how many row groups of all ranks could not be."""
+        with self.workers.together(f"encoding {split}"):
             encoder = Encoder.load(directory, self.config.features)
-            for split in self.groups:
-                (directory / split).mkdir(exist_ok=True)
-                parts = Parts(directory / split, self.workers.rank, self.config.data.rows_per_group)
-                for table, first_row, where in self._raw_tables(split, "encoding"):
-                    parts.add(encoder.encode(table, first_row, where))
-                parts.close()
+            (directory / split).mkdir(exist_ok=True)
+            parts = Parts(directory / split, self.workers.rank, self.config.data.rows_per_group)
 
-    def _raw_tables(self, split: Split, phase: str) -> Iterator[tuple[pa.Table, int, str]]:
-        return _raw_tables(
-            self.groups[split], self.config.features, self.workers, f"{phase} {split}", self.progress
-        )
+            def encode(table: pa.Table, first_row: int, where: str) -> None:
+                parts.add(encoder.encode(table, first_row, where))
 
+            bad = self._rows.read(self._groups[split], f"encoding {split}", encode)
+            parts.close()
+        return self._leave_out_groups(split, bad)
 
-def _raw_tables(
-    groups: list[RowGroup],
-    schema: Schema,
-    workers: Workers,
-    phase: str,
-    progress: Progress,
-    *,
-    labelled: bool = True,
-) -> Iterator[tuple[pa.Table, int, str]]:
-    """This rank's share of the rows: tables, the index of their first row among all, and their place."""
-    share = _share(groups, workers)
-    total, done = _num_rows(share), 0
-    if workers.rank == 0:
-        logger.info("%s: %d rows over %d rank(s)", phase, _num_rows(groups), workers.world_size)
-    for group in share:
-        first_row = group.first_row
-        for table in iter_tables(group, schema, labelled=labelled):
-            yield table, first_row, group.where
-            first_row += len(table)
-            done += len(table)
-            if workers.rank == 0:
-                progress(phase, done, total)
+    def _leave_out_groups(self, split: Split, bad: Sequence[BadGroup]) -> int:
+        """Leaves out every rank's bad row groups of a split from now on; returns how many. A collective."""
+        of_all = [found for of_rank in self.workers.gather(bad) for found in of_rank]
+        gone = {group for group, _ in of_all}
+        self._groups[split] = [group for group in self._groups[split] if group not in gone]
+        shards = [BadShard(split, group.where, group.num_rows, reason) for group, reason in of_all]
+        require_rows(self.config, split, self._groups[split], shards)
+        self._leave_out(shards)
+        return len(shards)
 
-
-def _share(groups: list[RowGroup], workers: Workers) -> list[RowGroup]:
-    """This rank's contiguous share of the rows, cut between row groups; may be empty."""
-    total = groups[-1].first_row + groups[-1].num_rows
-
-    def rank_of(group: RowGroup) -> int:
-        middle = group.first_row + group.num_rows // 2
-        return middle * workers.world_size // total
-
-    return [group for group in groups if rank_of(group) == workers.rank]
-
-
-def _num_rows(groups: list[RowGroup]) -> int:
-    return sum(group.num_rows for group in groups)
+    def _leave_out(self, shards: Sequence[BadShard]) -> None:
+        if self.workers.rank == 0:
+            warn_of(shards, num_told=len(self.skipped))
+        self.skipped += shards
 
 
 def _counts_path(directory: Path, table: str, rank: int) -> Path:

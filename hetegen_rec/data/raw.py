@@ -1,4 +1,4 @@
-"""Raw files: finding them, their row groups, and streaming their rows as Arrow tables.
+"""Raw files: finding them, their shape, and streaming their rows as Arrow tables.
 
 Parquet, and CSV or TSV with a header (by suffix, also compressed as `.gz`, `.bz2`, `.zst`). Paths may
 be URLs that fsspec knows, such as `s3://bucket/day=1/*.parquet`.
@@ -6,14 +6,19 @@ be URLs that fsspec knows, such as `s3://bucket/day=1/*.parquet`.
 In CSV an empty cell is a missing value (a quoted empty string is a value), ids are read as strings,
 numbers as doubles, and lists as strings with values separated by `|`: types never depend on what a
 block happens to hold.
+
+Damage is noticed where the format lets it be: page checksums of Parquet are verified where the writer
+left them (`write_page_checksum=True` in pyarrow), and a row group must hold as many rows as the footer
+says. Changed bytes of a page without a checksum may read as other values, which nobody can notice.
 """
 
 import glob
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any, TypeAlias
 
 import fsspec
@@ -39,6 +44,20 @@ ColumnKeys: TypeAlias = Mapping[str, str]
 
 class DataError(ValueError):
     """The data are not what the configuration says. The message names the place and the fix."""
+
+
+class BadRowsError(DataError):
+    """Some raw rows cannot be used; without them (`data.on_bad_shard: skip`) the others can."""
+
+
+@dataclass(frozen=True)
+class FileShape:
+    """What is known of a raw file without its rows."""
+
+    group_rows: tuple[int, ...]
+    """Rows of each row group; of the whole file for CSV."""
+    schema: pa.Schema
+    """Its columns; of null type for CSV, which knows no types."""
 
 
 @dataclass(frozen=True)
@@ -78,21 +97,23 @@ def expand_paths(patterns: Sequence[str]) -> list[str]:
     return list(found)
 
 
-def group_sizes(path: str) -> list[int]:
-    """Rows of each row group of one file: from the footer of Parquet, by counting for CSV.
+def read_shape(path: str) -> FileShape:
+    """The shape of one file: from the footer of Parquet, by counting lines for CSV.
 
     Raises:
-        DataError: the file cannot be read.
+        BadRowsError: the file cannot be read.
     """
     if is_csv(path):
-        return [_count_csv_rows(path)]
+        names = _csv_names(path)
+        return FileShape((_count_csv_rows(path, names[0]),), pa.schema([(name, pa.null()) for name in names]))
     with _reading(path), _parquet(path) as file:
         metadata = file.metadata
-        return [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+        rows = tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
+        return FileShape(rows, file.schema_arrow)
 
 
 def row_groups(sizes: Sequence[tuple[str, Sequence[int]]]) -> list[RowGroup]:
-    """The row groups of a split from the `group_sizes` of its files, in order; empty ones are left out."""
+    """The row groups of a split from the `group_rows` of its files, in order; empty ones are left out."""
     groups, first_row = [], 0
     for path, rows_of_groups in sizes:
         for index, num_rows in enumerate(rows_of_groups):
@@ -104,7 +125,7 @@ def row_groups(sizes: Sequence[tuple[str, Sequence[int]]]) -> list[RowGroup]:
 
 def list_row_groups(patterns: Sequence[str]) -> list[RowGroup]:
     """The row groups of all files that the patterns stand for; reads footers only (of Parquet)."""
-    return row_groups([(path, group_sizes(path)) for path in expand_paths(patterns)])
+    return row_groups([(path, read_shape(path).group_rows) for path in expand_paths(patterns)])
 
 
 def column_keys(schema: Schema, *, labelled: bool = True) -> dict[str, str]:
@@ -120,44 +141,50 @@ def column_keys(schema: Schema, *, labelled: bool = True) -> dict[str, str]:
     return keys
 
 
-def check_columns(path: str, columns: ColumnKeys) -> None:
-    """Raises DataError unless the file has all the columns; reads no rows."""
-    if is_csv(path):
-        _require(columns, _csv_names(path), path)
-        return
-    with _reading(path), _parquet(path) as file:
-        _require(columns, file.schema_arrow.names, path)
+def check_columns(path: str, columns: Collection[str] | ColumnKeys, existing: Sequence[str]) -> None:
+    """Raises BadRowsError unless each of the columns stands once among the existing ones of a file."""
+    times = Counter(existing)
+    for column in columns:
+        if times[column] == 1:
+            continue
+        if times[column]:
+            raise BadRowsError(f"{path}: holds {times[column]} columns {column!r}; write it with one")
+        key = f" (`{columns[column]}`)" if isinstance(columns, Mapping) else ""
+        raise BadRowsError(
+            f"{path}: no column {column!r}{key}; the file has: {', '.join(existing)}. "
+            "Name one of these in the configuration, or write the column"
+        )
 
 
 def read_row_group(group: RowGroup, columns: Sequence[str] | ColumnKeys) -> pa.Table:
     """One Parquet row group.
 
     Raises:
-        DataError: a column is missing, the file is damaged, or it is CSV, which has no row groups.
+        BadRowsError: a column is missing, or the file is damaged.
+        DataError: it is CSV, which has no row groups.
     """
     if is_csv(group.path):
         raise DataError(f"{group.path}: CSV cannot be read by row group; use `data.encode: prepared`")
     with _reading(group.where), _parquet(group.path) as file:
-        _require(columns, file.schema_arrow.names, group.path)
-        return file.read_row_group(group.index, columns=list(columns), use_threads=False)
+        check_columns(group.path, columns, file.schema_arrow.names)
+        table = file.read_row_group(group.index, columns=list(columns), use_threads=False)
+    _check_rows(group, len(table))
+    return table
 
 
 def iter_tables(group: RowGroup, schema: Schema, *, labelled: bool = True) -> Iterator[pa.Table]:
     """Streams the columns of a schema (see `column_keys`) in tables of bounded size, in order of rows.
 
     Raises:
-        DataError: a column is missing, the file is damaged, or a CSV cell is not of its type.
+        BadRowsError: a column is missing, the file is damaged, or a CSV cell is not of its type.
     """
     columns = column_keys(schema, labelled=labelled)
-    if is_csv(group.path):
-        yield from _csv_tables(group.path, schema, columns)
-        return
-    with _reading(group.where), _parquet(group.path) as file:
-        _require(columns, file.schema_arrow.names, group.path)
-        for batch in file.iter_batches(
-            BATCH_ROWS, row_groups=[group.index], columns=list(columns), use_threads=False
-        ):
-            yield pa.Table.from_batches([batch])
+    tables = _csv_tables(group.path, schema, columns) if is_csv(group.path) else _tables(group, columns)
+    num_rows = 0
+    for table in tables:
+        num_rows += len(table)
+        yield table
+    _check_rows(group, num_rows)
 
 
 def _glob(pattern: str) -> list[str]:
@@ -177,34 +204,59 @@ def _reading(where: str) -> Iterator[None]:
     """Says which file it was when Arrow or the system cannot read it."""
     try:
         yield
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(
-            f"{where}: cannot be read; it may be truncated, damaged or of another format: {error}"
+    except FileNotFoundError as error:
+        raise BadRowsError(
+            f"{where}: is gone since the files were listed; start again when nobody changes the files"
+        ) from error
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise BadRowsError(
+            f"{where}: cannot be read; it may be truncated, damaged or of another format: {_said(error)}"
         ) from error
 
 
 @contextmanager
 def _parquet(path: str) -> Iterator[pq.ParquetFile]:
-    if "://" not in path:
-        with pq.ParquetFile(path) as file:
-            yield file
-        return
-    with fsspec.open(path, "rb") as stream, pq.ParquetFile(stream) as file:
-        yield file
+    with ExitStack() as stack:
+        source = path
+        if "://" in path:
+            source = stack.enter_context(fsspec.open(path, "rb"))
+        else:
+            _check_kind(path)
+        yield stack.enter_context(pq.ParquetFile(source, page_checksum_verification=True))
 
 
-def _require(columns: Collection[str] | ColumnKeys, existing: Sequence[str], path: str) -> None:
-    for column in columns:
-        if column not in existing:
-            key = f" (`{columns[column]}`)" if isinstance(columns, Mapping) else ""
-            raise DataError(
-                f"{path}: no column {column!r}{key}; the file has: {', '.join(existing)}. "
-                "Name one of these in the configuration, or write the column"
-            )
+def _check_kind(path: str) -> None:
+    """To open a pipe would be to wait for ever."""
+    if Path(path).exists() and not Path(path).is_file():
+        raise BadRowsError(f"{path}: is no file; name files, such as those in a directory by `{path}/*`")
+
+
+def _check_rows(group: RowGroup, num_rows: int) -> None:
+    if num_rows != group.num_rows:
+        raise BadRowsError(
+            f"{group.where}: holds {num_rows} rows, but had {group.num_rows} when the files were listed; it "
+            "is damaged, or was written anew: start again when nobody changes the files"
+        )
+
+
+def _said(error: Exception) -> str:
+    """What a library says, in one line, without advice that cannot be followed here."""
+    if "straddling object" in str(error):
+        return f"a row is longer than {CSV_BLOCK_BYTES >> 20} MiB, or a quote is not closed"
+    return " ".join(str(error).split())
+
+
+def _tables(group: RowGroup, columns: ColumnKeys) -> Iterator[pa.Table]:
+    with _reading(group.where), _parquet(group.path) as file:
+        check_columns(group.path, columns, file.schema_arrow.names)
+        for batch in file.iter_batches(
+            BATCH_ROWS, row_groups=[group.index], columns=list(columns), use_threads=False
+        ):
+            yield pa.Table.from_batches([batch])
 
 
 def _csv_tables(path: str, schema: Schema, columns: ColumnKeys) -> Iterator[pa.Table]:
-    _require(columns, _csv_names(path), path)
+    check_columns(path, columns, _csv_names(path))
     lists = {field.column for field in schema.fields if field.is_list}
     for batch in _csv_batches(path, list(columns), _csv_types(schema)):
         arrays = [
@@ -229,8 +281,7 @@ def _csv_names(path: str) -> list[str]:
         return names
 
 
-def _count_csv_rows(path: str) -> int:
-    first = _csv_names(path)[0]
+def _count_csv_rows(path: str, first: str) -> int:
     # Bytes hold whatever the column holds.
     return sum(batch.num_rows for batch in _csv_batches(path, [first], {first: pa.binary()}))
 
@@ -240,11 +291,11 @@ def _csv_batches(path: str, columns: list[str], types: Mapping[str, pa.DataType]
         with _csv_reader(path, columns, types) as reader:
             yield from reader
     except OSError as error:
-        raise DataError(f"{path}: cannot be read; it may be truncated or damaged: {error}") from error
+        raise BadRowsError(f"{path}: cannot be read; it may be truncated or damaged: {error}") from error
     except pa.ArrowInvalid as error:
         names = _csv_names(path)
-        message = re.sub(r"CSV column #(\d+)", lambda match: f"column {names[int(match[1])]!r}", str(error))
-        raise DataError(f"{path}: {message}") from error
+        message = re.sub(r"CSV column #(\d+)", lambda match: f"column {names[int(match[1])]!r}", _said(error))
+        raise BadRowsError(f"{path}: {message}") from error
 
 
 @contextmanager
@@ -268,4 +319,6 @@ def _csv_reader(
         source = path
         if "://" in path:
             source = stack.enter_context(fsspec.open(path, "rb", compression="infer"))
+        else:
+            _check_kind(path)
         yield stack.enter_context(pa.csv.open_csv(source, **options))

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from hetegen_rec.config.schema import NUM_RESERVED_IDS, Field, ReservedId, Schema
 from hetegen_rec.data.accumulators import FieldAccumulator, HashCounter, Histogram, ValueCounter
-from hetegen_rec.data.columns import ValueType, field_values, labels
+from hetegen_rec.data.columns import ValueType, field_values, labels, timestamps
 from hetegen_rec.data.raw import DataError
 from hetegen_rec.data.vocabulary import BucketVocabulary, ExactVocabulary
 
@@ -187,18 +187,28 @@ def write_statistics(
 
 
 class Accumulator:
-    """Counts training rows: labels, and every field's values. Mergeable by table."""
+    """Counts training rows: labels, and every field's values. Mergeable by table.
 
-    def __init__(self, schema: Schema) -> None:
+    Args:
+        schema: the schema.
+        expected_types: the types that the values on each table must have, by the field that owns it;
+            without one, every value must be of the type of the first.
+    """
+
+    def __init__(self, schema: Schema, expected_types: Mapping[str, ValueType] | None = None) -> None:
         self._schema = schema
         self.num_rows = 0
         self.num_positives = 0
+        expected = expected_types or {}
         self.fields = {
-            field.name: FieldAccumulator(field, schema.field(field.table_name)) for field in schema.fields
+            field.name: FieldAccumulator(
+                field, schema.field(field.table_name), expected.get(field.table_name, "none")
+            )
+            for field in schema.fields
         }
 
     def add(self, table: pa.Table, first_row: int, where: str) -> None:
-        """Counts the rows of a raw table.
+        """Counts the rows of a raw table, all of them or none.
 
         Args:
             table: raw columns.
@@ -206,12 +216,19 @@ class Accumulator:
             where: file and row group, for errors.
 
         Raises:
-            DataError: a column has the wrong type, or a label is not 0 or 1.
+            BadRowsError: a column has the wrong type, or a value is wrong; nothing was counted.
+            DataError: the values are too many to be counted.
         """
+        clicks = labels(table, self._schema, first_row, where)
+        if self._schema.timestamp:
+            timestamps(table, self._schema, where)
+        found = {field.name: field_values(table, field, first_row, where) for field in self._schema.fields}
+        for name, values in found.items():
+            self.fields[name].check_type(values.value_type, where)
         self.num_rows += len(table)
-        self.num_positives += int(labels(table, self._schema, first_row, where).sum())
-        for field in self._schema.fields:
-            self.fields[field.name].add(field_values(table, field, where), where)
+        self.num_positives += int(clicks.sum())
+        for name, values in found.items():
+            self.fields[name].add(values, where)
 
     def of_table(self, table: str) -> dict[str, FieldAccumulator]:
         """The accumulators of the fields on one table."""

@@ -200,7 +200,7 @@ def test_on_the_fly_writes_statistics_and_vocabularies_only(raw) -> None:
     config = config_for(raw, encode="on_the_fly")
     assert prepare(config, Alone()).num_rows == read_statistics(config).num_rows == 140
     names = {path.name for path in (raw / "prepared").iterdir()}
-    assert names == {"manifest.json", "statistics.json", "arrays", "vocabulary"}
+    assert names == {"manifest.json", "row_groups.parquet", "statistics.json", "arrays", "vocabulary"}
     with pytest.raises(DataError, match="no encoded rows of train, valid, test; run prepare again"):
         read_statistics(config_for(raw))
 
@@ -287,7 +287,7 @@ def test_bad_input_is_explained_and_leaves_what_was_there(raw, spoil, message) -
     with pytest.raises(DataError, match=message):
         prepare(config, Alone())
     assert (raw / "prepared" / "manifest.json").read_bytes() == before
-    assert not [path.name for path in raw.iterdir() if path.name.startswith(".")]
+    assert [path.name for path in raw.iterdir() if path.name.startswith(".")] == [".prepared.lock"]
 
 
 @pytest.mark.parametrize("spoil", [spoil_label, spoil_type, truncate])
@@ -297,7 +297,7 @@ def test_a_failure_on_one_rank_ends_all_and_leaves_nothing(raw, spoil) -> None:
     results = World(3).run(lambda workers: prepare(config, workers))
     assert all(isinstance(result, Exception) for result in results)
     assert any(isinstance(result, DataError) for result in results)
-    assert {path.name for path in raw.iterdir()} == {"train", "valid", "test"}
+    assert {path.name for path in raw.iterdir()} == {"train", "valid", "test", ".prepared.lock"}
 
 
 def test_what_a_killed_run_left_does_not_leak_into_the_next(raw) -> None:

@@ -14,6 +14,7 @@ from hetegen_rec.data.raw import (
     iter_tables,
     list_row_groups,
     read_row_group,
+    read_shape,
 )
 
 SCHEMA = Schema.model_validate(
@@ -98,7 +99,7 @@ def test_a_missing_column_names_file_column_key_and_what_there_is(tmp_path, suff
     else:
         pq.write_table(pa.table({"click": [1], "time": [1], "item": [1], "tags": [1]}), path)
     with pytest.raises(DataError) as error:
-        check_columns(str(path), column_keys(SCHEMA))
+        check_columns(str(path), column_keys(SCHEMA), read_shape(str(path)).schema.names)
     message = str(error.value)
     assert f"{path}: no column 'price usd' (`features.fields, `column` of 'price'`)" in message
     assert "click, time, item, tags" in message

@@ -1,0 +1,51 @@
+"""The row groups of a prepared run's splits, for readers: of its encoded shards, or of the raw files."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from hetegen_rec.config.run import RunConfig, Split
+from hetegen_rec.data.manifest import read_manifest
+from hetegen_rec.data.raw import DataError, RowGroup, list_row_groups
+from hetegen_rec.data.row_pass import num_rows_of
+
+ROW_GROUPS_FILE = "row_groups.parquet"
+
+
+def write_row_groups(directory: Path, groups: Mapping[Split, Sequence[RowGroup]]) -> None:
+    """Writes the usable row groups of the raw files, so that no reader needs their footers again."""
+    rows = [{"split": split, **vars(group)} for split, of_split in groups.items() for group in of_split]
+    pq.write_table(pa.Table.from_pylist(rows), directory / ROW_GROUPS_FILE, compression="zstd")
+
+
+def prepared_row_groups(config: RunConfig, split: Split) -> list[RowGroup]:
+    """The row groups that hold a split's usable rows, whatever `data.encode` says.
+
+    On the fly they are those of the raw files, as `prepare` found them; no raw file is opened.
+
+    Raises:
+        DataError: the run is not prepared, or not all of what was prepared is there.
+    """
+    directory = Path(config.data.prepared_dir)
+    if config.data.encode == "on_the_fly":
+        groups = _read_row_groups(directory / ROW_GROUPS_FILE, split)
+    else:
+        groups = list_row_groups([f"{directory}/{split}/*.parquet"])
+    expected = read_manifest(directory).num_rows[split]
+    if num_rows_of(groups) != expected:
+        raise DataError(
+            f"{directory}: holds {num_rows_of(groups)} rows of `{split}`, but {expected} were prepared; "
+            "delete the directory and run prepare again"
+        )
+    return groups
+
+
+def _read_row_groups(path: Path, split: Split) -> list[RowGroup]:
+    try:
+        table = pq.read_table(path, filters=pc.field("split") == split)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path}: cannot be read; run prepare again: {error}") from error
+    return [RowGroup(**row) for row in table.drop_columns("split").to_pylist()]
