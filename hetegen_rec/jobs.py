@@ -3,7 +3,7 @@
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,11 @@ from hetegen_rec.data.statistics import Statistics
 from hetegen_rec.distributed.runtime import Runtime
 from hetegen_rec.evaluation.predictions import Predictions
 from hetegen_rec.evaluation.report import write_report
-from hetegen_rec.evaluation.results import write_evaluation
+from hetegen_rec.evaluation.results import read_evaluation, write_evaluation
 from hetegen_rec.evaluation.tables import results_tables
+from hetegen_rec.locks import directory_lock
 from hetegen_rec.training import stages
+from hetegen_rec.training.checkpoint import CheckpointInfo
 from hetegen_rec.training.progress import RowsProgress
 from hetegen_rec.training.scoring import measure, score_rows, write_predictions
 from hetegen_rec.training.setup import build_sharded, open_encoded, open_split
@@ -47,6 +49,8 @@ class Job:
     """Raw files to predict instead of a split: paths and globs. They need no label."""
     output: str | None = None
     """Where predictions go; default: beside the stage's checkpoints."""
+    fresh: bool = False
+    """Train anew and replace what earlier attempts left, instead of going on with it."""
 
 
 def prepare_data(job: Job) -> None:
@@ -58,8 +62,8 @@ def train(stage: Stage) -> Callable[[Job], None]:
     """The verb that trains one stage and, where it scores clicks, evaluates it."""
 
     def verb(job: Job) -> None:
-        _train(job, stage)
-        _show_results(job)
+        if _train(job, stage):
+            _show_results(job)
 
     return verb
 
@@ -99,18 +103,33 @@ def report(job: Job) -> None:
 def demo(job: Job) -> None:
     """Pre-trains, fine-tunes and trains from scratch, skipping what is done; compares and reports."""
     wanted: tuple[Stage, ...] = ("pretrain", "finetune", "scratch")
-    for stage in wanted:
-        if job.runtime.broadcast(stages.is_done(job.config, stage)):
-            logger.info("%s is done already in %s", stage, job.config.stage_dir(stage))
-            continue
-        _train(job, stage)
-    _show_results(job)
+    if all(_train(job, stage) for stage in wanted):  # each only if the one before was not stopped
+        _show_results(job)
 
 
-def _train(job: Job, stage: Stage) -> None:
-    stages.run_stage(job.config, stage, job.runtime)
-    if stage in _CLICK_STAGES:
-        _evaluate(replace(job, stage=stage, checkpoint=None))
+def _train(job: Job, stage: Stage) -> bool:
+    """Trains a stage and evaluates it, whatever of it is not done yet; returns whether it is finished."""
+    with _alone(job, stage):
+        if not stages.run_stage(job.config, stage, job.runtime, fresh=job.fresh):
+            return False
+        if stage in _CLICK_STAGES and not _is_evaluated(job, stage):
+            _evaluate(replace(job, stage=stage, checkpoint=None))
+        return True
+
+
+@contextmanager
+def _alone(job: Job, stage: Stage) -> Iterator[None]:
+    """Context in which no other job may write to the stage's directory."""
+    with ExitStack() as stack:
+        with job.runtime.together("taking the run directory"):
+            if job.runtime.is_main:
+                stack.enter_context(directory_lock(job.config.stage_dir(stage)))
+        yield
+
+
+def _is_evaluated(job: Job, stage: Stage) -> bool:
+    """Whether there is an evaluation, which training would have removed; as rank 0 finds it."""
+    return job.runtime.broadcast(read_evaluation(job.config.stage_dir(stage)) is not None)
 
 
 def _evaluate(job: Job) -> None:
@@ -131,8 +150,8 @@ def _evaluate(job: Job) -> None:
             {
                 "run": job.config.name,
                 "stage": trained.stage,
-                "checkpoint": str(trained.checkpoint),
-                "step": trained.step,
+                "checkpoint": trained.checkpoint.location,
+                "step": trained.checkpoint.step,
                 "splits": results,
             },
         )
@@ -151,8 +170,7 @@ class Trained:
     config: RunConfig
     runtime: Runtime
     stage: Stage
-    checkpoint: Path
-    step: int
+    checkpoint: CheckpointInfo
     model: DistributedModelParallel
     statistics: Statistics
 
@@ -175,19 +193,19 @@ def _load_trained(job: Job) -> Trained:
     stage = job.stage or _first_trained(config)
     statistics = stages.prepare_data(config, runtime)
     checkpoints = stages.open_checkpoints(config, stage, statistics, runtime)
-    path = Path(job.checkpoint) if job.checkpoint else checkpoints.best() or checkpoints.latest()
-    if path is None:
+    chosen = checkpoints.check(job.checkpoint) if job.checkpoint else checkpoints.best()
+    if chosen is None:
         raise ConfigError(
-            f"{config.stage_dir(stage)} holds no checkpoint; train that stage first: `hetegen {stage}`"
+            f"{checkpoints.store.location} holds no checkpoint; train that stage first: `hetegen {stage}`"
         )
     model = build_sharded(config, stage, statistics, runtime)
-    info = checkpoints.load(path, model.dmp)
-    return Trained(config, runtime, stage, path, info.step, model.dmp, statistics)
+    checkpoints.load(chosen, model.dmp)
+    return Trained(config, runtime, stage, chosen, model.dmp, statistics)
 
 
 def _first_trained(config: RunConfig) -> Stage:
     for stage in _CLICK_STAGES:
-        if (config.stage_dir(stage) / stages.CHECKPOINTS).exists():
+        if config.stage_dir(stage).exists():
             return stage
     raise ConfigError(
         f"{config.run_dir} holds no trained click stage; run `finetune`, `joint` or `scratch` first"

@@ -1,6 +1,8 @@
 """Embedding tables over ranks: what may be sharded how, the sharded model, and its first weights."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -83,9 +85,12 @@ def table_weights(model: DistributedModelParallel) -> dict[str, ShardedTensor | 
 
     They share memory with the model. Listing them is a collective.
     """
-    return {
-        key.split(".")[-2]: value for key, value in model.state_dict().items() if _TABLE_PATH in f".{key}"
-    }
+    return tables_in(model.state_dict())
+
+
+def tables_in(state: Mapping[str, Any]) -> dict[str, ShardedTensor | torch.Tensor]:
+    """The weights by table name in the state dictionary of a model."""
+    return {key.split(".")[-2]: value for key, value in state.items() if _TABLE_PATH in f".{key}"}
 
 
 def global_shape(tensor: ShardedTensor | torch.Tensor) -> tuple[int, ...]:

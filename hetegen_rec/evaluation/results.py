@@ -46,6 +46,11 @@ def write_evaluation(stage_dir: Path, evaluation: StageEvaluation) -> Path:
     return path
 
 
+def remove_evaluation(stage_dir: Path) -> None:
+    """Removes evaluation.json, if it is there: training makes it outdated."""
+    (stage_dir / FILE_NAME).unlink(missing_ok=True)
+
+
 def read_evaluation(stage_dir: Path) -> StageEvaluation | None:
     """Reads evaluation.json; None if the stage was not evaluated.
 

@@ -1,31 +1,38 @@
-"""Checkpoints: sharded, complete or absent, and loadable on any number of ranks and under any plan."""
+"""Checkpoints as they are read: which are complete and intact, what they say, and loading one.
+
+A checkpoint is a directory `step-N` of DCP's shards. It exists once its `metadata.json` does, which holds
+size and SHA-256 of every other file and of itself, and it loads on any number of ranks and under any plan.
+"""
 
 import hashlib
 import json
+import logging
 import re
-import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load as load_shards
-from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 from torchrec.distributed import DistributedModelParallel
 from torchrec.optim.keyed import KeyedOptimizer
 
 from hetegen_rec.config.schema import Schema
+from hetegen_rec.distributed.optimizer_state import canonical_optimizer_state
 from hetegen_rec.distributed.runtime import Runtime
-from hetegen_rec.distributed.sharding import global_shape, table_weights
-from hetegen_rec.files import replace_directory, write_whole
+from hetegen_rec.distributed.sharding import global_shape, tables_in
+from hetegen_rec.training.checkpoint_store import Store, damaged_files, unsealed
+from hetegen_rec.training.load_plan import GrowingLoadPlanner, optimizer_state_mismatch
 
-FORMAT_VERSION = 1
+logger = logging.getLogger(__name__)
 
-_METADATA = "metadata.json"
-_BEST = "best.json"
+T = TypeVar("T")
+
+FORMAT_VERSION = 2
+METADATA = "metadata.json"
+BEST = "best.json"
 _STEP = re.compile(r"step-(\d+)")
 
 
@@ -37,7 +44,8 @@ class CheckpointError(ValueError):
 class CheckpointInfo:
     """What a checkpoint says about itself."""
 
-    path: Path
+    location: str
+    """Its directory or URL."""
     step: int
     fingerprint: str
     """Of the schema that the model was built from."""
@@ -47,8 +55,10 @@ class CheckpointInfo:
     """Rows and columns of every table."""
     optimizer_state: dict[str, tuple[int, ...]]
     """Shape of every tensor of the optimizer's state."""
+    files: dict[str, dict[str, Any]]
+    """`bytes` and `sha256` of every file beside `metadata.json`."""
     metadata: dict[str, Any]
-    """What the trainer put beside it: stage, epoch, metrics, plan."""
+    """What the trainer put beside it: stage, progress, metrics, plan."""
 
 
 def schema_fingerprint(schema: Schema) -> str:
@@ -57,187 +67,203 @@ def schema_fingerprint(schema: Schema) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def read_info(path: Path) -> CheckpointInfo:
+def step_name(step: int) -> str:
+    """Name of the directory of a step's checkpoint."""
+    return f"step-{step}"
+
+
+def read_info(location: str) -> CheckpointInfo:
     """What a checkpoint says about itself, read without loading it.
 
+    Args:
+        location: its directory or URL.
+
     Raises:
-        CheckpointError: no complete checkpoint of this format stands there.
+        CheckpointError: no complete checkpoint of this format lies there.
     """
     try:
-        values = json.loads((path / _METADATA).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+        values = unsealed(Store(location).read_text(METADATA))
+    except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{path}: no complete checkpoint ({_METADATA}: {error}); name a directory `step-N` that a "
+            f"{location}: no complete checkpoint ({METADATA}: {error}); name a directory `step-N` that a "
             "training run finished writing"
         ) from error
     if values.get("format") != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path}: checkpoint format {values.get('format')}, but this version reads {FORMAT_VERSION}; "
+            f"{location}: checkpoint format {values.get('format')}, but this version reads {FORMAT_VERSION}; "
             "load it with the version of hetegen_rec that wrote it"
         )
     return CheckpointInfo(
-        path=path,
+        location=location,
         step=values["step"],
         fingerprint=values["fingerprint"],
         world_size=values["world_size"],
         tables={name: (rows, dim) for name, (rows, dim) in values["tables"].items()},
         optimizer_state={key: tuple(shape) for key, shape in values["optimizer_state"].items()},
+        files=values["files"],
         metadata=values["metadata"],
     )
 
 
 class Checkpoints:
-    """The checkpoints of one stage in one directory, on a file system that all ranks share.
+    """The checkpoints of one stage in one place that all ranks share.
 
     All methods are collectives. A failure on one rank is raised on every rank. A checkpoint contains a
     pickle (PyTorch's `.metadata`): load only those from a place that you trust.
     """
 
-    def __init__(self, directory: Path, runtime: Runtime, keep: int, fingerprint: str) -> None:
-        """Opens a directory, which need not exist.
+    def __init__(self, location: str, runtime: Runtime, fingerprint: str) -> None:
+        """Opens a place, which need not exist.
 
         Args:
-            directory: holds `step-N` directories and `best.json`.
+            location: directory or URL; holds `step-N` directories and `best.json`.
             runtime: this process's view of the job.
-            keep: newest checkpoints that stay, besides the best.
             fingerprint: of the schema of the model at hand, see `schema_fingerprint`.
         """
-        self._directory = directory
+        self.store = Store(location)
+        self.fingerprint = fingerprint
         self._runtime = runtime
-        self._keep = keep
-        self._fingerprint = fingerprint
 
-    def save(
-        self,
-        step: int,
-        model: DistributedModelParallel,
-        optimizer: KeyedOptimizer,
-        metadata: Mapping[str, Any],
-    ) -> Path:
-        """Writes `step-N`, whole or not at all, then removes checkpoints that are no longer kept.
+    def latest(self) -> CheckpointInfo | None:
+        """The intact checkpoint of the most steps; None if there is none.
+
+        Those that are torn or damaged are passed over, each with a warning.
+        """
+        steps = self._on_main(lambda: complete_steps(self.store))
+        for step in reversed(steps):
+            try:
+                return self.check(self.store.path(step_name(step)))
+            except CheckpointError as error:
+                if self._runtime.is_main:
+                    logger.warning("%s; passed over", error)
+        return None
+
+    def best(self) -> CheckpointInfo | None:
+        """The checkpoint of the best evaluation; the newest where none was marked, or that one is damaged."""
+        step = self._on_main(lambda: best_step(self.store))
+        if step is None:
+            return self.latest()
+        try:
+            return self.check(self.store.path(step_name(step)))
+        except CheckpointError as error:
+            if self._runtime.is_main:
+                logger.warning("%s; this was the best one, the newest intact one stands in for it", error)
+            return self.latest()
+
+    def clear(self) -> None:
+        """Removes all checkpoints here; for rank 0 only."""
+        self.store.remove_file(BEST)
+        for step in written_steps(self.store):
+            self.store.remove_directory(step_name(step))
+
+    def check(self, location: str) -> CheckpointInfo:
+        """Reads every file of a checkpoint, the ranks sharing the work.
 
         Args:
-            step: steps taken; a checkpoint of the same step is replaced.
-            model: the sharded model.
-            optimizer: from `make_optimizer`.
-            metadata: JSON values to keep beside it: stage, epoch, metrics, plan.
-
-        Returns:
-            The directory.
+            location: directory or URL of a checkpoint, of this stage or any other.
 
         Raises:
-            CheckpointError or OSError: it could not be written; nothing is left under `step-N`.
+            CheckpointError: on every rank; it is incomplete, or a file is cut off or changed.
         """
-        final = self._directory / f"step-{step}"
-        partial = self._directory / f"step-{step}.tmp"
-        with self._runtime.together(f"making {partial}"):
-            if self._runtime.is_main:
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(parents=True)
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        try:
-            save_shards(state, checkpoint_id=partial, process_group=self._runtime.host_group)
-        except CheckpointException as error:
-            raise CheckpointError(f"{partial}: could not be written: {_causes(error)}") from error
-        description = {
-            "format": FORMAT_VERSION,
-            "step": step,
-            "fingerprint": self._fingerprint,
-            "world_size": self._runtime.world_size,
-            "tables": {name: list(global_shape(weights)) for name, weights in table_weights(model).items()},
-            "optimizer_state": self._optimizer_shapes(optimizer),
-            "metadata": dict(metadata),
-        }
-        with self._runtime.together(f"finishing {final}"):
-            if self._runtime.is_main:
-                _write_json(partial / _METADATA, description)
-                replace_directory(partial, final)
-                self._prune()
-        return final
-
-    def mark_best(self, step: int, metric: str, value: float) -> None:
-        """Names a saved step the best so far, which protects it from removal."""
-        with self._runtime.together("marking the best checkpoint"):
-            if self._runtime.is_main:
-                read_info(self._directory / f"step-{step}")
-                _write_json(self._directory / _BEST, {"step": step, "metric": metric, "value": value})
-
-    def latest(self) -> Path | None:
-        """The complete checkpoint of the most steps; None if there is none."""
-        steps = self._complete_steps() if self._runtime.is_main else []
-        return self._runtime.broadcast(self._directory / f"step-{steps[-1]}" if steps else None)
-
-    def best(self) -> Path | None:
-        """The checkpoint that `mark_best` named last; None if there is none."""
-        step = self._best_step() if self._runtime.is_main else None
-        return self._runtime.broadcast(None if step is None else self._directory / f"step-{step}")
+        info = self._on_main(lambda: read_info(location))
+        mine = sorted(info.files)[self._runtime.rank :: self._runtime.world_size]
+        problems = list(damaged_files(Store(location), {name: info.files[name] for name in mine}))
+        found = [problem for part in self._runtime.gather(problems) for problem in part]
+        if found:
+            raise CheckpointError(f"{location}: damaged: {'; '.join(found)}")
+        return info
 
     def load(
-        self, path: Path, model: DistributedModelParallel, optimizer: KeyedOptimizer | None = None
-    ) -> CheckpointInfo:
+        self,
+        info: CheckpointInfo,
+        model: DistributedModelParallel,
+        optimizer: KeyedOptimizer | None = None,
+    ) -> None:
         """Loads weights into a model, and the optimizer's state where one is given.
 
         The number of ranks and the plan may differ from those that wrote it.
 
         Args:
-            path: a `step-N` directory, of this stage or another.
+            info: from `latest`, `best` or `check`.
             model: the sharded model, its weights initialised.
             optimizer: None loads the weights only, as fine-tuning does.
 
-        Returns:
-            What the checkpoint says about itself.
-
         Raises:
-            CheckpointError: incomplete, of another schema or model, or with an optimizer state that this
-                plan cannot take over. Nothing is loaded then, unless files are damaged.
+            CheckpointError: of another schema or model, or with an optimizer state that this plan cannot
+                take over. Nothing is loaded then, unless files are damaged.
         """
         state: dict[str, Any] = {"model": model.state_dict()}
-        tables = {name: global_shape(weights) for name, weights in table_weights(model).items()}
+        tables = {name: global_shape(weights) for name, weights in tables_in(state["model"]).items()}
         shapes: dict[str, tuple[int, ...]] = {}
         if optimizer is not None:
-            state["optimizer"] = optimizer.state_dict()
-            shapes = self._optimizer_shapes(optimizer)
-        with self._runtime.together(f"reading {path}"):
-            info = read_info(path)
-            _check_tables(info, tables, self._fingerprint)
-            if optimizer is not None:
-                _check_optimizer(info, shapes)
+            own = optimizer.state_dict()
+            state["optimizer"] = canonical_optimizer_state(own)
+            shapes = shapes_over_ranks(state["optimizer"], self._runtime)
+        _check_tables(info, tables, self.fingerprint)
+        if optimizer is not None:
+            mismatch = optimizer_state_mismatch(info.optimizer_state, shapes, grown={})
+            if mismatch:
+                raise CheckpointError(f"{info.location}: {mismatch}")
         try:
-            load_shards(state, checkpoint_id=path, process_group=self._runtime.host_group)
+            load_shards(
+                state,
+                storage_reader=Store(info.location).reader(),
+                planner=GrowingLoadPlanner(grown={}),
+                process_group=self._runtime.host_group,
+            )
         except CheckpointException as error:
             raise CheckpointError(
-                f"{path}: does not fit this model, or is damaged: {_causes(error)}; use the model section "
-                "of the configuration that the checkpoint was trained with"
+                f"{info.location}: does not fit this model, or is damaged: {causes(error)}; use the model "
+                "section of the configuration that the checkpoint was trained with"
             ) from error
         model.load_state_dict(state["model"])
         if optimizer is not None:
-            optimizer.load_state_dict(state["optimizer"])
-        return info
+            optimizer.load_state_dict(own)
 
-    def _optimizer_shapes(self, optimizer: KeyedOptimizer) -> dict[str, tuple[int, ...]]:
-        """Shapes of the whole state; a rank knows only the tables of which it holds a part."""
-        parts = self._runtime.gather(_tensor_shapes(optimizer.state_dict()))
-        return {key: shape for part in parts for key, shape in part.items()}
-
-    def _complete_steps(self) -> list[int]:
-        found = (_STEP.fullmatch(path.parent.name) for path in self._directory.glob(f"step-*/{_METADATA}"))
-        return sorted(int(match.group(1)) for match in found if match)
-
-    def _best_step(self) -> int | None:
-        path = self._directory / _BEST
-        if not path.exists():
-            return None
-        return int(json.loads(path.read_text(encoding="utf-8"))["step"])
-
-    def _prune(self) -> None:
-        best = self._best_step()
-        for step in self._complete_steps()[: -self._keep]:
-            if step != best:
-                shutil.rmtree(self._directory / f"step-{step}")
+    def _on_main(self, read: Callable[[], T]) -> T:
+        """What rank 0 finds in the store, on every rank; its errors too."""
+        found: T | None = None
+        error: Exception | None = None
+        if self._runtime.is_main:
+            try:
+                found = read()
+            except (CheckpointError, OSError) as raised:
+                error = raised
+        found, error = self._runtime.broadcast((found, error))
+        if error is not None:
+            raise error
+        return cast(T, found)
 
 
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    write_whole(path, json.dumps(values, indent=1))
+def complete_steps(store: Store) -> list[int]:
+    """Steps of the checkpoints that were written to their end, ascending."""
+    return sorted(step for step in written_steps(store) if store.exists(f"{step_name(step)}/{METADATA}"))
+
+
+def written_steps(store: Store) -> Iterator[int]:
+    """Steps of all checkpoints here, also those that were begun only."""
+    for name in store.directories():
+        match = _STEP.fullmatch(name)
+        if match:
+            yield int(match.group(1))
+
+
+def best_step(store: Store) -> int | None:
+    """Step of the checkpoint that was marked as the best."""
+    if not store.exists(BEST):
+        return None
+    return int(json.loads(store.read_text(BEST))["step"])
+
+
+def shapes_over_ranks(state: Mapping[str, Any], runtime: Runtime) -> dict[str, tuple[int, ...]]:
+    """Shapes of a whole state; a rank knows only the tables of which it holds a part. A collective."""
+    parts = runtime.gather(_tensor_shapes(state))
+    return {key: shape for part in parts for key, shape in part.items()}
+
+
+def causes(error: CheckpointException) -> str:
+    """What went wrong on which rank."""
+    return "; ".join(f"rank {rank}: {cause[0]}" for rank, cause in sorted(error.failures.items()))
 
 
 def _tensor_shapes(state: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[int, ...]]:
@@ -261,27 +287,10 @@ def _check_tables(info: CheckpointInfo, here: Mapping[str, tuple[int, ...]], fin
         differences = [f"fingerprint {info.fingerprint} there, {fingerprint} here, with equal tables"]
     if differences:
         raise CheckpointError(
-            f"{info.path}: checkpoint of another schema: {'; '.join(differences)}. Use the configuration "
+            f"{info.location}: checkpoint of another schema: {'; '.join(differences)}. Use the configuration "
             "and the prepared data that it was trained with"
         )
 
 
 def _size(shape: tuple[int, ...] | None) -> str:
     return "is absent" if shape is None else f"has {shape[0]:,} rows of {shape[1]}"
-
-
-def _check_optimizer(info: CheckpointInfo, here: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuses states whose shape depends on a plan that has changed, which would load in part only."""
-    there = info.optimizer_state
-    for key in sorted({*there, *here}):
-        if there.get(key) != here.get(key):
-            raise CheckpointError(
-                f"{info.path}: optimizer state {key} has shape {there.get(key, 'none')} there, "
-                f"{here.get(key, 'none')} here: the table optimizer, or the sharding of a table "
-                "(data_parallel, column_wise), has changed. Restore it under train.table_optimizer and "
-                "distributed.tables, or start the optimizer anew from the weights"
-            )
-
-
-def _causes(error: CheckpointException) -> str:
-    return "; ".join(f"rank {rank}: {cause[0]}" for rank, cause in sorted(error.failures.items()))

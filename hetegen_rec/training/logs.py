@@ -2,10 +2,13 @@
 
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
 from torch.utils.tensorboard.writer import SummaryWriter
+
+from hetegen_rec.files import write_whole
 
 _FIELD_CURVES = {
     "loss": "field_loss",
@@ -21,16 +24,26 @@ _POSITIONS = ("epoch", "rows")
 class RunLog:
     """One stage's log.jsonl and TensorBoard files; does nothing on ranks other than 0."""
 
-    def __init__(self, directory: Path, *, enabled: bool, tensorboard: bool) -> None:
+    def __init__(self, directory: Path, steps_done: int, *, enabled: bool, tensorboard: bool) -> None:
+        """Opens the files of a directory.
+
+        Args:
+            directory: of the stage; may hold the log of an earlier attempt.
+            steps_done: where this attempt starts: what the earlier one wrote of later steps is dropped.
+            enabled: whether to write at all.
+            tensorboard: whether to write curves, too.
+        """
         self._file: TextIO | None = None
         self._writer: SummaryWriter | None = None
         self._start = time.monotonic()
         if not enabled:
             return
         directory.mkdir(parents=True, exist_ok=True)
-        self._file = (directory / "log.jsonl").open("w", encoding="utf-8")
+        path = directory / "log.jsonl"
+        write_whole(path, "".join(_lines_until(path, steps_done)))
+        self._file = path.open("a", encoding="utf-8")
         if tensorboard:
-            self._writer = SummaryWriter(str(directory / "tensorboard"))
+            self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=steps_done + 1)
 
     def write(self, event: str, step: int, values: dict[str, Any]) -> None:
         """Adds one line; nested numbers become curves named by their path."""
@@ -53,6 +66,19 @@ class RunLog:
             self._file.close()
         if self._writer is not None:
             self._writer.close()
+
+
+def _lines_until(path: Path, step: int) -> Iterator[str]:
+    """The lines of a log that tell of steps up to one; a line that a kill cut off is dropped."""
+    if not path.exists():
+        return
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            told = json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError):
+            continue
+        if told <= step:
+            yield line
 
 
 def _flatten(values: dict[str, Any], prefix: str) -> list[tuple[str, float]]:

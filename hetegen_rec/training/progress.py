@@ -32,7 +32,7 @@ class _LiveBar:
 class StageProgress(_LiveBar):
     """Progress of a stage on rank 0: steps, samples/s, loss, time left, and the latest evaluation."""
 
-    def __init__(self, title: str, total_steps: int, *, enabled: bool) -> None:
+    def __init__(self, title: str, total_steps: int, steps_done: int, *, enabled: bool) -> None:
         self._title, self._total, self._enabled = title, total_steps, enabled
         self._last_line = time.monotonic()
         self._has_bar = enabled and terminal.messages().is_terminal
@@ -48,7 +48,9 @@ class StageProgress(_LiveBar):
             expand=True,
             disable=not self._has_bar,
         )
-        self._task = self._bar.add_task(title, total=total_steps, rate=0.0, loss=0.0, note="")
+        self._task = self._bar.add_task(
+            title, total=total_steps, completed=steps_done, rate=0.0, loss=0.0, note=""
+        )
 
     def advance(self) -> None:
         """One more step."""

@@ -1,6 +1,7 @@
 """Scoring rows with a sharded model, exactly once each; measuring and writing the scores."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,24 @@ from hetegen_rec.models.hetegen import Outputs
 
 
 @torch.no_grad()
-def score_rows(model: DistributedModelParallel, reader: Reader, runtime: Runtime) -> Predictions:
-    """This rank's share of a split, scored. A collective: all ranks make equally many batches."""
+def score_rows(
+    model: DistributedModelParallel,
+    reader: Reader,
+    runtime: Runtime,
+    before_batch: Callable[[], None] = lambda: None,
+) -> Predictions:
+    """This rank's share of a split, scored. A collective: all ranks make equally many batches.
+
+    Args:
+        model: the sharded model.
+        reader: of the rows.
+        runtime: this process's view of the job.
+        before_batch: called before each batch; what it raises on all ranks ends the scoring.
+    """
     model.eval()
     predictions = Predictions()
     for batch in reader.epoch(Cursor()):
+        before_batch()
         outputs: Outputs = model(batch.to(runtime.device))[1]
         if outputs.logits is None:
             raise RuntimeError("the model scored nothing; it must be in eval mode")

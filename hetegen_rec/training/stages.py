@@ -1,33 +1,33 @@
 """What a run goes through: its data, then stages of training, each in a directory of its own."""
 
-import json
 import logging
-import shutil
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+
+from torchrec.optim.keyed import KeyedOptimizer
 
 from hetegen_rec import terminal
 from hetegen_rec.config.errors import ConfigError
-from hetegen_rec.config.loading import load_config, save_config
 from hetegen_rec.config.run import RunConfig, Stage
 from hetegen_rec.data.prepare import prepare
+from hetegen_rec.data.reader import Reader
 from hetegen_rec.data.row_plan import lanes_of
 from hetegen_rec.data.sources import fetch_source
 from hetegen_rec.data.statistics import Statistics
 from hetegen_rec.distributed.optimizers import make_optimizer
 from hetegen_rec.distributed.runtime import Runtime
-from hetegen_rec.training.checkpoint import Checkpoints, schema_fingerprint
+from hetegen_rec.distributed.signals import StopRequest
+from hetegen_rec.distributed.watchdog import Watchdog
+from hetegen_rec.training.attempts import begin_attempt, check_attempt, clear_attempt, end_attempt, is_done
+from hetegen_rec.training.checkpoint import CheckpointError, CheckpointInfo, Checkpoints, schema_fingerprint
+from hetegen_rec.training.checkpoint_writer import CheckpointWriter
 from hetegen_rec.training.logs import RunLog
 from hetegen_rec.training.progress import RowsProgress
-from hetegen_rec.training.setup import build_sharded, open_split, plan_table
+from hetegen_rec.training.setup import ShardedModel, build_sharded, open_split, plan_table
+from hetegen_rec.training.state import StageState
 from hetegen_rec.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
-
-DONE = "done.json"
-CHECKPOINTS = "checkpoints"
 
 
 def prepare_data(config: RunConfig, runtime: Runtime) -> Statistics:
@@ -39,34 +39,59 @@ def prepare_data(config: RunConfig, runtime: Runtime) -> Statistics:
         return prepare(config, runtime, progress)
 
 
-def run_stage(config: RunConfig, stage: Stage, runtime: Runtime) -> None:
-    """Trains one stage from the start; what an earlier attempt left in its directory is replaced."""
-    started = time.monotonic()
-    with open_trainer(config, stage, runtime) as trainer:
-        trainer.run()
-    if runtime.is_main:
-        done = {"steps": trainer.step, "seconds": round(time.monotonic() - started, 1)}
-        (config.stage_dir(stage) / DONE).write_text(json.dumps(done), encoding="utf-8")
+def run_stage(config: RunConfig, stage: Stage, runtime: Runtime, *, fresh: bool = False) -> bool:
+    """Trains one stage to its end, from where an earlier attempt left it.
+
+    Args:
+        config: the run.
+        stage: which one.
+        runtime: this process's view of the job.
+        fresh: start anew and replace what earlier attempts left, also where the stage was finished. A group
+            of ranks that the launcher started again goes on all the same.
+
+    Returns:
+        Whether the stage is finished; it is not where the job was asked to stop.
+    """
+    fresh = fresh and not runtime.restart_count
+    with runtime.together("reading what is there already"):
+        done = runtime.is_main and not fresh and is_done(config, stage)
+    if runtime.broadcast(done):
+        logger.info("%s is done already in %s", stage, config.stage_dir(stage))
+        return True
+    with open_trainer(config, stage, runtime, fresh=fresh) as trainer:
+        finished = trainer.run()
+    with runtime.together("finishing the stage"):
+        if finished and runtime.is_main:
+            end_attempt(config, stage, trainer.state)
+    if not finished and runtime.is_main:
+        terminal.results().print(
+            f"stopped by {trainer.stop.requested or 'a signal to another rank'} after step "
+            f"{trainer.state.step} of {trainer.total_steps}, saved; the same command goes on from there"
+        )
+    return finished
 
 
 @contextmanager
-def open_trainer(config: RunConfig, stage: Stage, runtime: Runtime) -> Iterator[Trainer]:
-    """Context with the trainer of one stage before its first step. A collective.
+def open_trainer(
+    config: RunConfig, stage: Stage, runtime: Runtime, *, fresh: bool = False
+) -> Iterator[Trainer]:
+    """Context with the trainer of one stage before its first step of this attempt. A collective.
 
-    `finetune` starts from the newest checkpoint of `pretrain`, all parameters transferred. An earlier
-    attempt is removed last, so it stays where anything is found wrong before the first step.
+    It goes on from the newest intact checkpoint of the stage. Without one, `finetune` starts from the
+    newest checkpoint of `pretrain`, all parameters transferred, and the others from nothing, unless the
+    configuration names a checkpoint to start from. An earlier attempt that is to be replaced is removed
+    last, so it stays where anything is found wrong before the first step.
 
     Raises:
         ConfigError, DataError, PlanningError, CheckpointError: on every rank, before anything is written
             to the stage's directory.
     """
-    with runtime.together("checking the batch sizes"):
+    with runtime.together("checking the configuration"):
         _check_batch(config, runtime)
+        if runtime.is_main and not fresh:
+            check_attempt(config, stage)
     statistics = prepare_data(config, runtime)
     model = build_sharded(config, stage, statistics, runtime)
-    if stage == "finetune":
-        pretraining = open_checkpoints(config, "pretrain", statistics, runtime)
-        pretraining.load(_newest(config, pretraining), model.dmp)
     optimizer = make_optimizer(
         model.dmp,
         config.stage(stage),
@@ -77,27 +102,40 @@ def open_trainer(config: RunConfig, stage: Stage, runtime: Runtime) -> Iterator[
         open_split(config, "train", statistics, runtime, stage=stage),
         open_split(config, "valid", statistics, runtime),
     )
+    checkpoints = open_checkpoints(config, stage, statistics, runtime)
+    newest = None if fresh else checkpoints.latest()
+    if newest is not None:
+        checkpoints.load(newest, model.dmp, optimizer)
+        state = _state_of(newest, statistics, readers[0])
+        logger.info("%s goes on from %s", stage, newest.location)
+    else:
+        _load_start(config, stage, model, optimizer, statistics, runtime)
+        state = StageState()
     if runtime.is_main:
         terminal.results().print(plan_table(model.plan))
     directory = config.stage_dir(stage)
-    with runtime.together(f"clearing {directory}"):
+    with runtime.together(f"opening {directory}"):
         if runtime.is_main:
-            _clear(directory)
-            save_config(config, directory / "config.yaml")
-    checkpoints = open_checkpoints(config, stage, statistics, runtime)
-    with RunLog(directory, enabled=runtime.is_main, tensorboard=config.train.tensorboard) as log:
-        yield Trainer(config, stage, model, optimizer, statistics, readers, checkpoints, log, runtime)
-
-
-def is_done(config: RunConfig, stage: Stage) -> bool:
-    """Whether a stage was finished under exactly this configuration."""
-    directory = config.stage_dir(stage)
-    if not (directory / DONE).exists():
-        return False
-    try:
-        return load_config(directory / "config.yaml") == config
-    except ConfigError:
-        return False
+            if newest is None:
+                clear_attempt(config, stage)
+                checkpoints.clear()
+            begin_attempt(config, stage)
+    kept = config.checkpoints
+    stop = StopRequest()
+    stacks = directory / "stacks" / f"rank-{runtime.rank}.txt"
+    watchdog = Watchdog(config.distributed.timeout_seconds, runtime.rank, stacks, stop)
+    with (
+        stop,
+        CheckpointWriter(
+            checkpoints, runtime, keep=kept.keep, failed_writes_allowed=kept.failed_writes_allowed
+        ) as writer,
+        RunLog(directory, state.step, enabled=runtime.is_main, tensorboard=config.train.tensorboard) as log,
+    ):
+        trainer = Trainer(
+            config, stage, model, optimizer, statistics, readers, state, writer, log, stop, watchdog, runtime
+        )
+        _check_budget(trainer)
+        yield trainer
 
 
 def open_checkpoints(
@@ -105,21 +143,65 @@ def open_checkpoints(
 ) -> Checkpoints:
     """The checkpoints of one stage of a run, which fit its schema and its prepared data only."""
     return Checkpoints(
-        config.stage_dir(stage) / CHECKPOINTS,
+        config.checkpoints_dir(stage),
         runtime,
-        config.checkpoints.keep,
         f"{schema_fingerprint(config.features)}-{statistics.fingerprint[:16]}",
     )
 
 
-def _newest(config: RunConfig, pretraining: Checkpoints) -> Path:
-    path = pretraining.latest()
-    if path is None:
+def _state_of(newest: CheckpointInfo, statistics: Statistics, reader: Reader) -> StageState:
+    """Where the stage stood, if the training rows are the same still."""
+    there = newest.metadata["rows"]["train"]
+    here = {"source": statistics.fingerprint, "num_rows": reader.num_rows}
+    if there != here:
+        raise CheckpointError(
+            f"{newest.location}: written in the middle of {there['num_rows']:,} training rows, but the "
+            f"prepared data are others ({reader.num_rows:,} rows, statistics {statistics.fingerprint[:8]}); to "
+            "go on with newer data use another run_dir and `start_from` in the stage's section"
+        )
+    return StageState.from_json(newest.metadata["state"])
+
+
+def _load_start(
+    config: RunConfig,
+    stage: Stage,
+    model: ShardedModel,
+    optimizer: KeyedOptimizer,
+    statistics: Statistics,
+    runtime: Runtime,
+) -> None:
+    """Loads what a stage starts from, if it does not start from nothing."""
+    named = config.stage(stage).start_from
+    if named is None and stage != "finetune":
+        return
+    if named is None:
+        checkpoints = open_checkpoints(config, "pretrain", statistics, runtime)
+        info = _newest(checkpoints)
+    else:
+        checkpoints = open_checkpoints(config, stage, statistics, runtime)
+        info = checkpoints.check(named)
+    continues = info.metadata["stage"] == stage
+    checkpoints.load(info, model.dmp, optimizer if continues else None)
+    logger.info("%s starts from the weights%s of %s", stage, " and optimizers" * continues, info.location)
+
+
+def _newest(pretraining: Checkpoints) -> CheckpointInfo:
+    newest = pretraining.latest()
+    if newest is None:
         raise ConfigError(
-            f"finetune starts from a pre-trained model, but {config.stage_dir('pretrain')} holds no "
+            f"finetune starts from a pre-trained model, but {pretraining.store.location} holds no "
             "checkpoint; run `pretrain` with the same config first, or train from scratch (`scratch`)"
         )
-    return path
+    return newest
+
+
+def _check_budget(trainer: Trainer) -> None:
+    if trainer.state.step > trainer.total_steps:
+        raise ConfigError(
+            f"{trainer.config.stage_dir(trainer.stage)} holds {trainer.state.step} trained steps, but the "
+            f"configuration wants {trainer.total_steps} (`epochs` of the stage, `train.max_steps`); raise "
+            "these, set another `run_dir`, or replace the earlier stage with --fresh"
+        )
 
 
 def _check_batch(config: RunConfig, runtime: Runtime) -> None:
@@ -131,10 +213,3 @@ def _check_batch(config: RunConfig, runtime: Runtime) -> None:
             f"train.batch_size: {rows} rows a step cannot be shared equally by {lanes} ranks or lanes; "
             f"use a multiple of {lanes}, such as {-(-rows // lanes) * lanes}"
         )
-
-
-def _clear(directory: Path) -> None:
-    if directory.exists():
-        logger.info("replacing the earlier attempt in %s", directory)
-        shutil.rmtree(directory)
-    directory.mkdir(parents=True)

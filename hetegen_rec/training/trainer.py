@@ -2,33 +2,42 @@
 
 import logging
 import math
+import time
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
+import numpy as np
+import torch
 from torchrec.distributed.train_pipeline import TrainPipelineBase, TrainPipelineSparseDist
 from torchrec.optim.keyed import KeyedOptimizer
 
 from hetegen_rec.config.run import RunConfig, Stage, StageConfig
 from hetegen_rec.data.batch import Batch
+from hetegen_rec.data.cursor import Cursor
 from hetegen_rec.data.reader import Reader
 from hetegen_rec.data.statistics import Statistics
 from hetegen_rec.distributed.planning import plan_as_json
 from hetegen_rec.distributed.runtime import Runtime
 from hetegen_rec.distributed.schedule import LearningRates
+from hetegen_rec.distributed.signals import StopRequest
+from hetegen_rec.distributed.watchdog import Watchdog
 from hetegen_rec.models.hetegen import Outputs
-from hetegen_rec.training.checkpoint import Checkpoints
+from hetegen_rec.training.agreement import Agreement, Wishes
+from hetegen_rec.training.checkpoint_writer import Best, CheckpointWriter
+from hetegen_rec.training.guard import NumericalGuard
 from hetegen_rec.training.logs import RunLog
 from hetegen_rec.training.meter import Meter
 from hetegen_rec.training.progress import StageProgress
 from hetegen_rec.training.scoring import measure, score_rows
 from hetegen_rec.training.setup import ShardedModel
+from hetegen_rec.training.state import StageState
 
 logger = logging.getLogger(__name__)
 
 
 class Trainer:
-    """Trains one stage.
+    """Trains one stage, from wherever its state says.
 
     An epoch is cut into equal segments with an evaluation after each. Every segment is an iterator
     of its own, which the sparse pipeline drains before the evaluation takes the model.
@@ -48,13 +57,16 @@ class Trainer:
     valid_reader: Reader
 
     # what stays
-    checkpoints: Checkpoints
+    writer: CheckpointWriter
     log: RunLog
 
+    # what may end it early
+    guard: NumericalGuard
+    stop: StopRequest
+    watchdog: Watchdog
+
     # where it stands
-    step: int
-    best_auc: float
-    evaluations_without_gain: int
+    state: StageState
 
     def __init__(
         self,
@@ -64,20 +76,30 @@ class Trainer:
         optimizer: KeyedOptimizer,
         statistics: Statistics,
         readers: tuple[Reader, Reader],
-        checkpoints: Checkpoints,
+        state: StageState,
+        writer: CheckpointWriter,
         log: RunLog,
+        stop: StopRequest,
+        watchdog: Watchdog,
         runtime: Runtime,
     ) -> None:
         self.config, self.stage, self.model = config, stage, model
         self.optimizer, self.runtime, self.statistics = optimizer, runtime, statistics
         self.train_reader, self.valid_reader = readers
-        self.checkpoints, self.log = checkpoints, log
-        self.step, self.best_auc, self.evaluations_without_gain = 0, -math.inf, 0
+        self.state, self.writer, self.log = state, writer, log
+        self.stop, self.watchdog = stop, watchdog
+        self.guard = NumericalGuard(model.network, config.features, config.train, runtime)
+        self.guard.skipped_steps = state.skipped_steps
         budget = self.stage_config
         self.rates = LearningRates(optimizer, self.total_steps, budget.warmup, budget.decay)
+        self.rates.load_state_dict({"step": state.step})
         self._pipeline = self._make_pipeline()
         self._meter = Meter()
-        self._epoch = 0
+        self._agreement = Agreement(runtime)
+        self._batches: Iterator[Batch] | None = None
+        self._segment_end = 0
+        self._saved_step = state.step
+        self._saved_at = self._timed_at = time.monotonic()
 
     @property
     def stage_config(self) -> StageConfig:
@@ -90,88 +112,187 @@ class Trainer:
         steps = self.stage_config.epochs * self.train_reader.batches_per_epoch
         return min(steps, self.config.train.max_steps or steps)
 
-    def _make_pipeline(self) -> TrainPipelineBase | TrainPipelineSparseDist:
-        kind = TrainPipelineSparseDist if self.config.train.pipeline == "sparse_dist" else TrainPipelineBase
-        return kind(self.model.dmp, self.optimizer, self.runtime.device)
+    def run(self) -> bool:
+        """Trains to the end of the budget or until the validation AUC stops growing.
 
-    def run(self) -> None:
-        """Trains to the end of the budget or until the validation AUC stops growing."""
+        Returns:
+            Whether the stage is finished. It is not where the process was asked to stop; its newest
+            checkpoint then holds everything that was trained.
+
+        Raises:
+            NonFiniteError: a loss or gradient was not finite, and that is not to be skipped.
+            CheckpointError: too many checkpoints could not be written.
+            DataError: rows could not be read.
+        """
         self.model.dmp.train()
         title = f"{self.config.name} {self.stage}"
-        with StageProgress(title, self.total_steps, enabled=self.runtime.is_main) as progress:
-            for epoch in range(self.stage_config.epochs):
-                if not self._train_epoch(epoch, progress):
-                    break
-        logger.info("%s: %d steps done", title, self.step)
+        with (
+            self.watchdog.watching(),
+            StageProgress(title, self.total_steps, self.state.step, enabled=self.runtime.is_main) as progress,
+        ):
+            is_finished = self._run(progress)
+            with self.watchdog.paused("finishing the last checkpoint"):
+                self.writer.finish()
+        logger.info("%s: %d steps done", title, self.state.step)
+        return is_finished
 
-    def _train_epoch(self, epoch: int, progress: StageProgress) -> bool:
-        """Trains one epoch; returns whether to go on with the next."""
-        self._epoch = epoch
-        batches = self.train_reader.epoch(epoch)
-        segments = self.config.train.evaluations_per_epoch
-        per_segment = math.ceil(self.train_reader.batches_per_epoch / segments)
-        left = self.train_reader.batches_per_epoch
-        while left > 0:
-            count = min(per_segment, left, self.total_steps - self.step)
-            self._train_segment(islice(batches, count), progress)
-            left -= count
-            is_last = self.step >= self.total_steps
-            if self._finish_segment(progress) or is_last:
-                return False
-        return True
+    def _run(self, progress: StageProgress) -> bool:
+        try:
+            while True:
+                if self.state.evaluation_due:
+                    self._finish_segment(progress)
+                if self._is_over():
+                    return True
+                self._train_segment(progress)
+        except _Stopped:
+            if self._saved_step != self.state.step:
+                self._save()
+            return False
 
-    def _train_segment(self, batches: Iterator[Batch], progress: StageProgress) -> None:
+    def _is_over(self) -> bool:
+        """Whether the budget is used up, or the validation AUC stopped growing."""
+        state, budget = self.state, self.stage_config
+        is_last_epoch = state.cursor.epoch + 1 >= budget.epochs
+        if is_last_epoch and not self.train_reader.batches_left(state.cursor):
+            return True
+        if self.config.train.max_steps is not None and state.step >= self.config.train.max_steps:
+            return True
+        is_stuck = budget.patience is not None and state.evaluations_without_gain >= budget.patience
+        return is_stuck and self.model.network.scores_clicks
+
+    def _train_segment(self, progress: StageProgress) -> None:
+        """Trains up to the next evaluation.
+
+        Raises:
+            _Stopped: on all ranks after the same step.
+        """
+        batches = islice(self._open_batches(), self._batches_to_evaluation())
         while True:
+            self._seed_dropout()
             try:
                 outputs: Outputs = self._pipeline.progress(batches)
             except StopIteration:
                 return
-            self.step += 1
-            self.rates.advance()
-            self._meter.add(outputs, self.config.train.batch_size)
-            progress.advance()
-            if self.step % self.config.train.log_every == 0 or self.step == self.total_steps:
-                self._log_window(progress)
+            self._take_note(outputs, progress)
+            self._act(self._agreement.share(self._wishes()))
+
+    def _open_batches(self) -> Iterator[Batch]:
+        """The batches from the cursor on; one iterator serves all segments of an epoch."""
+        state = self.state
+        if not self.train_reader.batches_left(state.cursor):
+            state.cursor, state.batches = Cursor(state.cursor.epoch + 1), 0
+            self._batches = None
+        if self._batches is None:
+            self._batches = self.train_reader.epoch(state.cursor)
+        return self._batches
+
+    def _batches_to_evaluation(self) -> int:
+        state, reader = self.state, self.train_reader
+        segment = math.ceil(reader.batches_per_epoch / self.config.train.evaluations_per_epoch)
+        count = min(segment - state.batches % segment, reader.batches_left(state.cursor))
+        if self.config.train.max_steps is not None:
+            count = min(count, self.config.train.max_steps - state.step)
+        self._segment_end = state.batches + count
+        return count
+
+    def _seed_dropout(self) -> None:
+        """Makes dropout a function of seed, step and rank, so that a resumed run draws the same."""
+        source = np.random.SeedSequence((self.config.seed, self.state.step, self.runtime.rank))
+        seed = int(source.generate_state(1, np.uint64)[0])
+        if self.runtime.device.type == "cuda":
+            torch.cuda.default_generators[self.runtime.device.index].manual_seed(seed)
+        else:
+            torch.default_generator.manual_seed(seed)
+
+    def _take_note(self, outputs: Outputs, progress: StageProgress) -> None:
+        state = self.state
+        state.step += 1
+        state.batches += 1
+        state.cursor = outputs.batch.cursor
+        state.evaluation_due = state.batches == self._segment_end
+        self.rates.advance()
+        self.guard.end_step(state.step)
+        self._meter.add(outputs, self.config.train.batch_size)
+        self.watchdog.beat(f"step {state.step + 1} of {self.stage}")
+        progress.advance()
+        if state.step % self.config.train.log_every == 0 or state.step == self.total_steps:
+            self._log_window(progress)
+
+    def _wishes(self) -> Wishes:
+        minutes = self.config.checkpoints.every_minutes
+        is_late = minutes is not None and time.monotonic() - self._saved_at >= 60.0 * minutes
+        return Wishes(
+            stop=self.stop.requested is not None,
+            save=is_late and self.runtime.is_main,
+            report=bool(self.guard.flag),
+        )
+
+    def _act(self, wishes: Wishes) -> None:
+        """Does what the ranks agreed on after the step before, and what is due after this one."""
+        every = self.config.checkpoints.every_steps
+        is_due = every is not None and self.state.step % every == 0
+        if not (wishes or is_due or self.state.evaluation_due):
+            return
+        # No checkpoint and no evaluation may see what the step just trained has broken.
+        self.guard.settle()
+        wishes = wishes | self._agreement.reach(self._wishes())
+        if wishes.report:
+            self.guard.report()
+            self.state.skipped_steps = self.guard.skipped_steps
+        if wishes.stop:
+            raise _Stopped
+        if (is_due or wishes.save) and not self.state.evaluation_due:
+            self._save()
 
     def _log_window(self, progress: StageProgress) -> None:
-        network = self.model.network
+        network, step = self.model.network, self.state.step
         values = self._meter.read(network.difficulty, network.fields)
         self._meter.reset()
-        epoch = self.step / self.train_reader.batches_per_epoch
-        rows = self.step * self.config.train.batch_size
+        epoch = step / self.train_reader.batches_per_epoch
+        rows = step * self.config.train.batch_size
         values = {"epoch": round(epoch, 4), "rows": rows, **values}
         values["learning_rate"] = self.rates.by_name()
-        self.log.write("train", self.step, values)
-        progress.show(self.step, values["samples_per_second"], values["loss"])
+        self.log.write("train", step, values)
+        progress.show(step, values["samples_per_second"], values["loss"])
 
-    def _finish_segment(self, progress: StageProgress) -> bool:
-        """Evaluates and saves; returns whether the stage should stop early."""
+    def _finish_segment(self, progress: StageProgress) -> None:
+        """Evaluates and saves."""
         metrics = self._evaluate()
-        auc: float | None = metrics.get("auc")
-        is_best = auc is not None and auc > self.best_auc
+        state, auc = self.state, metrics.get("auc")
+        is_best = auc is not None and auc > state.best_auc
         if auc is not None:  # rows of one class say nothing about when to stop
-            self.best_auc = max(auc, self.best_auc)
-            self.evaluations_without_gain = 0 if is_best else self.evaluations_without_gain + 1
+            state.best_auc = max(auc, state.best_auc)
+            state.evaluations_without_gain = 0 if is_best else state.evaluations_without_gain + 1
             progress.note(f"valid AUC {auc:.4f}" + (" (best)" if is_best else ""))
-        self._save(metrics, is_best=is_best)
-        patience = self.stage_config.patience
-        is_stuck = patience is not None and self.evaluations_without_gain >= patience
-        return is_stuck and self.model.network.scores_clicks
+        state.evaluation_due = False
+        self._save(metrics, Best("auc", state.best_auc) if is_best else None)
 
     def _evaluate(self) -> dict[str, Any]:
-        """Validation metrics; none in a pre-training that leaves the label out."""
+        """Validation metrics; none in a pre-training that leaves the label out.
+
+        Raises:
+            _Stopped: on all ranks after the same batch.
+        """
         network = self.model.network
         if not (network.scores_clicks or self.config.model.noise.label_in_set):
             return {}
         self._detach_pipeline()
-        predictions = score_rows(self.model.dmp, self.valid_reader, self.runtime)
-        metrics = measure(predictions, self.config, self.statistics, self.runtime)
+        predictions = score_rows(self.model.dmp, self.valid_reader, self.runtime, self._between_batches)
+        self._agreement.settle()
+        with self.watchdog.paused("computing the metrics"):
+            metrics = measure(predictions, self.config, self.statistics, self.runtime)
         self._attach_pipeline()
-        epoch = self.step / self.train_reader.batches_per_epoch
+        epoch = self.state.step / self.train_reader.batches_per_epoch
         shown = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
-        self.log.write("evaluation", self.step, {"epoch": round(epoch, 4), "split": "valid", **shown})
+        self.log.write("evaluation", self.state.step, {"epoch": round(epoch, 4), "split": "valid", **shown})
         self._meter.reset()
         return shown
+
+    def _between_batches(self) -> None:
+        self.watchdog.beat(f"the evaluation after step {self.state.step} of {self.stage}")
+        if self._agreement.share(self._wishes()).stop:
+            self._agreement.settle()
+            raise _Stopped
 
     def _detach_pipeline(self) -> None:
         """Gives the tables their own forward back, so that evaluation does not mix with steps."""
@@ -184,9 +305,28 @@ class Trainer:
         if isinstance(self._pipeline, TrainPipelineSparseDist):
             self._pipeline.attach(self.model.dmp)
 
-    def _save(self, metrics: dict[str, Any], *, is_best: bool) -> None:
-        plan = plan_as_json(self.model.plan)
-        metadata = {"stage": self.stage, "epoch": self._epoch, "metrics": metrics, "plan": plan}
-        self.checkpoints.save(self.step, self.model.dmp, self.optimizer, metadata)
-        if is_best:
-            self.checkpoints.mark_best(self.step, "auc", self.best_auc)
+    def _save(self, metrics: dict[str, Any] | None = None, best: Best | None = None) -> None:
+        """Begins a checkpoint of everything trained so far."""
+        state, now = self.state, time.monotonic()
+        state.seconds += now - self._timed_at
+        self._saved_at = self._timed_at = now
+        self._saved_step = state.step
+        metadata = {
+            "stage": self.stage,
+            "state": state.as_json(),
+            "rows": {
+                "train": {"source": self.statistics.fingerprint, "num_rows": self.train_reader.num_rows}
+            },
+            "metrics": metrics or {},
+            "plan": plan_as_json(self.model.plan),
+        }
+        with self.watchdog.paused(f"saving step {state.step} of {self.stage}"):
+            self.writer.save(state.step, self.model.dmp, self.optimizer, metadata, best)
+
+    def _make_pipeline(self) -> TrainPipelineBase | TrainPipelineSparseDist:
+        kind = TrainPipelineSparseDist if self.config.train.pipeline == "sparse_dist" else TrainPipelineBase
+        return kind(self.model.dmp, self.guard.gated(self.optimizer), self.runtime.device)
+
+
+class _Stopped(Exception):
+    """All ranks agreed to stop."""

@@ -1,0 +1,127 @@
+"""What an earlier attempt left in a stage's directory, and whether a configuration may go on with it."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from hetegen_rec.config.errors import ConfigError
+from hetegen_rec.config.loading import load_config, save_config
+from hetegen_rec.config.run import RunConfig, Stage
+from hetegen_rec.evaluation.results import remove_evaluation
+from hetegen_rec.files import write_whole
+from hetegen_rec.training.state import StageState
+
+_CONFIG = "config.yaml"
+_DONE = "done.json"
+_FIXED = (
+    "seed",
+    "features",
+    "model",
+    "data.shuffle",
+    "data.shuffle_rows",
+    "train.batch_size",
+    "train.precision",
+    "train.table_optimizer",
+)
+"""What decides about the weights besides the stage's own section; it may not change within a stage."""
+_BUDGET = ("epochs", "patience")
+"""Keys of a stage that may: they say how long to train."""
+
+
+def begin_attempt(config: RunConfig, stage: Stage) -> None:
+    """Writes down what the stage is trained with from now on."""
+    directory = config.stage_dir(stage)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / _DONE).unlink(missing_ok=True)
+    remove_evaluation(directory)
+    save_config(config, directory / _CONFIG)
+
+
+def end_attempt(config: RunConfig, stage: Stage, state: StageState) -> None:
+    """Notes that the stage is finished."""
+    done = {"steps": state.step, "seconds": round(state.seconds, 1), "skipped_steps": state.skipped_steps}
+    write_whole(config.stage_dir(stage) / _DONE, json.dumps(done))
+
+
+def clear_attempt(config: RunConfig, stage: Stage) -> None:
+    """Removes what earlier attempts left in the stage's directory."""
+    directory = config.stage_dir(stage)
+    if directory.exists():
+        shutil.rmtree(directory)
+
+
+def is_done(config: RunConfig, stage: Stage) -> bool:
+    """Whether the stage was finished under this configuration and budget."""
+    earlier = _earlier_config(config.stage_dir(stage))
+    if earlier is None or not (config.stage_dir(stage) / _DONE).exists():
+        return False
+    budgets = [
+        (one.train.max_steps, *(getattr(one.stage(stage), k) for k in _BUDGET)) for one in (earlier, config)
+    ]
+    return budgets[0] == budgets[1] and not _changes(earlier, config, stage)
+
+
+def check_attempt(config: RunConfig, stage: Stage) -> None:
+    """Refuses to go on with what another configuration has begun.
+
+    Raises:
+        ConfigError: naming what has changed.
+    """
+    directory = config.stage_dir(stage)
+    earlier = _earlier_config(directory)
+    if earlier is None:
+        return
+    changes = _changes(earlier, config, stage)
+    if changes:
+        shown = "; ".join(changes[:4]) + (f"; and {len(changes) - 4} more" if len(changes) > 4 else "")
+        raise ConfigError(
+            f"{directory} holds a stage trained with another configuration: {shown}. Restore that, set "
+            "another `run_dir`, or replace the earlier stage with --fresh"
+        )
+
+
+def _earlier_config(directory: Path) -> RunConfig | None:
+    path = directory / _CONFIG
+    if not path.exists():
+        return None
+    try:
+        return load_config(path)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{path}: an earlier attempt, whose configuration this version cannot read ({error}); set "
+            "another `run_dir`, or replace it with --fresh"
+        ) from error
+
+
+def _changes(earlier: RunConfig, now: RunConfig, stage: Stage) -> list[str]:
+    before, after = _what_decides(earlier, stage), _what_decides(now, stage)
+    return [
+        f"`{key}` was {before.get(key)}, is {after.get(key)}"
+        for key in sorted({*before, *after})
+        if before.get(key) != after.get(key)
+    ]
+
+
+def _what_decides(config: RunConfig, stage: Stage) -> dict[str, Any]:
+    """Values by dotted key."""
+    values = _flat(config.model_dump(mode="json"))
+    own = f"stages.{stage}"
+    free = {f"{own}.{key}" for key in _BUDGET}
+    return {
+        key: value
+        for key, value in values.items()
+        if key not in free and any(f"{key}.".startswith(f"{prefix}.") for prefix in (*_FIXED, own))
+    }
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries, and lists of named ones such as the fields of a schema, by dotted key."""
+    if isinstance(values, list) and any(isinstance(value, dict) for value in values):
+        values = {value.get("name", index): value for index, value in enumerate(values)}
+    if not isinstance(values, dict) or not values:
+        return {prefix: values}
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat.update(_flat(value, f"{prefix}.{key}" if prefix else str(key)))
+    return flat
