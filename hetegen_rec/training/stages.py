@@ -156,8 +156,8 @@ def _state_of(newest: CheckpointInfo, statistics: Statistics, reader: Reader) ->
     if there != here:
         raise CheckpointError(
             f"{newest.location}: written in the middle of {there['num_rows']:,} training rows, but the "
-            f"prepared data are others ({reader.num_rows:,} rows, statistics {statistics.fingerprint[:8]}); to "
-            "go on with newer data use another run_dir and `start_from` in the stage's section"
+            f"prepared data are others ({reader.num_rows:,} rows). To "
+            "train on newer data use another run_dir, and `start_from` in the stage's section"
         )
     return StageState.from_json(newest.metadata["state"])
 
