@@ -72,6 +72,11 @@ class RowGroup:
     """Index of its first row in the split."""
 
     @property
+    def next_row(self) -> int:
+        """Index of the row behind its last one in the split."""
+        return self.first_row + self.num_rows
+
+    @property
     def where(self) -> str:
         """Its place, for errors."""
         return self.path if is_csv(self.path) else f"{self.path}, row group {self.index}"

@@ -8,7 +8,7 @@ from typing import TypeAlias
 import pyarrow as pa
 
 from hetegen_rec.config.schema import Schema
-from hetegen_rec.data.raw import BadRowsError, RowGroup, iter_tables
+from hetegen_rec.data.raw import BATCH_ROWS, BadRowsError, RowGroup, iter_tables
 from hetegen_rec.data.workers import Workers
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,8 @@ class RowPass:
     """How to go over rows.
 
     Stopping at the first bad row, rows come in tables of bounded size. Skipping, each row group comes in
-    one table, so that it is taken in as a whole or not at all.
+    one table, so that it is taken in as a whole or not at all. Small row groups come together, since
+    taking in a table costs as much as a few thousand rows.
     """
 
     schema: Schema
@@ -52,29 +53,60 @@ class RowPass:
         total, done = num_rows_of(share), 0
         if self.workers.rank == 0:
             logger.info("%s: %d rows over %d rank(s)", phase, num_rows_of(groups), self.workers.world_size)
-        bad: list[BadGroup] = []
-        for group in share:
-            try:
-                for table, first_row in self._tables(group):
-                    use(table, first_row, group.where)
-                    if self.workers.rank == 0:
-                        self.progress(phase, done + first_row - group.first_row + len(table), total)
-            except BadRowsError as error:
-                if not self.skip:
-                    raise
-                bad.append((group, str(error)))
-            done += group.num_rows
-        return bad
 
-    def _tables(self, group: RowGroup) -> Iterator[tuple[pa.Table, int]]:
-        tables = iter_tables(group, self.schema, labelled=self.labelled)
-        if self.skip:
-            yield pa.concat_tables(tables), group.first_row
-            return
-        first_row = group.first_row
-        for table in tables:
-            yield table, first_row
-            first_row += len(table)
+        def use_and_tell(table: pa.Table, first_row: int, where: str) -> None:
+            nonlocal done
+            use(table, first_row, where)
+            done += len(table)
+            if self.workers.rank == 0:
+                self.progress(phase, done, total)
+
+        return [bad for block in _blocks(share) for bad in self._use_block(block, use_and_tell)]
+
+    def _use_block(self, block: Sequence[RowGroup], use: Use) -> list[BadGroup]:
+        """Hands over row groups in one table, or one by one if that does not work."""
+        if len(block) > 1:
+            try:
+                tables = [table for group in block for table in self._iter(group)]
+                if all(table.schema.equals(tables[0].schema) for table in tables):
+                    where = f"{block[0].where} to {block[-1].where}"
+                    use(pa.concat_tables(tables), block[0].first_row, where)
+                    return []
+            except BadRowsError as error:
+                logger.debug("reading row groups one by one: %s", error)
+        return [bad for group in block for bad in self._use_group(group, use)]
+
+    def _use_group(self, group: RowGroup, use: Use) -> list[BadGroup]:
+        try:
+            if self.skip:
+                use(pa.concat_tables(self._iter(group)), group.first_row, group.where)
+                return []
+            first_row = group.first_row
+            for table in self._iter(group):
+                use(table, first_row, group.where)
+                first_row += len(table)
+        except BadRowsError as error:
+            if not self.skip:
+                raise
+            return [(group, str(error))]
+        return []
+
+    def _iter(self, group: RowGroup) -> Iterator[pa.Table]:
+        return iter_tables(group, self.schema, labelled=self.labelled)
+
+
+def _blocks(groups: Sequence[RowGroup]) -> Iterator[list[RowGroup]]:
+    """Row groups that follow on each other and hold no more rows together than are read at a time."""
+    block: list[RowGroup] = []
+    for group in groups:
+        if block and (
+            group.first_row != block[-1].next_row or group.next_row - block[0].first_row > BATCH_ROWS
+        ):
+            yield block
+            block = []
+        block.append(group)
+    if block:
+        yield block
 
 
 def num_rows_of(groups: Sequence[RowGroup]) -> int:
@@ -84,7 +116,7 @@ def num_rows_of(groups: Sequence[RowGroup]) -> int:
 
 def _share(groups: Sequence[RowGroup], workers: Workers) -> list[RowGroup]:
     """This rank's contiguous share of the rows, cut between row groups; may be empty."""
-    total = groups[-1].first_row + groups[-1].num_rows
+    total = groups[-1].next_row
 
     def rank_of(group: RowGroup) -> int:
         middle = group.first_row + group.num_rows // 2
