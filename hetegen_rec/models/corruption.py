@@ -45,6 +45,7 @@ class RowNoise:
         self._offset = uniform_of_batch(batch)
         self._strata = batch.strata
         self._rows = batch.row_ids
+        self.is_padding = batch.row_ids < 0  # [B]
         self._stride = (num_tokens + 1) * _STREAMS_PER_TOKEN
         self._num_tokens = num_tokens
 
@@ -117,6 +118,9 @@ class Corruption(nn.Module):
 
 
 def _other_rows(tokens: Tensor, noise: RowNoise) -> Tensor:
-    """Every column permuted on its own: a draw from the field's marginal distribution."""
-    order = noise.cells(_SHUFFLE)[:, :-1].argsort(dim=0)  # [B, T]
+    """Every column of the real rows permuted on its own: a draw from the field's marginal distribution."""
+    draws = noise.cells(_SHUFFLE)[:, :-1] + noise.is_padding[:, None]
+    order = draws.argsort(dim=0)  # [B, T], real rows first
+    place = (~noise.is_padding).cumsum(0) - 1  # of each real row among them
+    order = order[place.clamp(min=0)]
     return tokens.gather(0, order[..., None].expand_as(tokens))

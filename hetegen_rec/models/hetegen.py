@@ -22,6 +22,9 @@ from hetegen_rec.models.embedding import TokenAssembly, build_tables, table_shap
 from hetegen_rec.models.reconstruction import Reconstruction, RowLosses
 from hetegen_rec.models.reduction import mean_over_ranks, num_ranks, sum_over_ranks
 
+_LEAST_REAL = 1e-6
+"""Weight of a rank without real rows, so that a step of which every row was skipped divides by no zero."""
+
 
 @dataclass
 class Outputs:
@@ -172,7 +175,7 @@ class HeteGenNetwork(nn.Module):
             self._padding(present),
         )
         rows = self.reconstruction(hidden, tokens, batch, corrupted, noise)
-        local, fields = self._reduce(rows, corrupted)
+        local, fields = self._reduce(rows, batch, corrupted)
         probe = None
         label = self._label_loss(hidden, batch, corrupted) if self.config.noise.label_in_set else None
         if self.difficulty.wants_probe and self._is_probe_step(batch):
@@ -187,7 +190,7 @@ class HeteGenNetwork(nn.Module):
             terms["label"] = label
         return terms, fields
 
-    def _reduce(self, rows: RowLosses, corrupted: Corrupted) -> tuple[Tensor, FieldLosses]:
+    def _reduce(self, rows: RowLosses, batch: Batch, corrupted: Corrupted) -> tuple[Tensor, FieldLosses]:
         """This rank's share [F, K] of the global mean losses (with gradient), and their values.
 
         Summed over ranks and divided by their number, as gradients are, the shares give the mean
@@ -198,14 +201,17 @@ class HeteGenNetwork(nn.Module):
         # Not as matrix products, which autocast would round to bf16.
         sums = (rows.loss.float()[..., None] * bins[:, None]).sum(0)  # [F, K]
         counts = (rows.is_target[..., None] * bins[:, None]).sum(0)
-        packed = torch.cat([sums.detach(), counts, rows.chance[:, None], rows.baseline[:, None]], 1)
+        # A rank's chance level counts by its real rows: one of nothing but padding has next to no say.
+        real = (batch.row_ids >= 0).float().mean().clamp(min=_LEAST_REAL)
+        levels = torch.stack([rows.chance, rows.baseline, torch.ones_like(rows.chance)], 1) * real
+        packed = torch.cat([sums.detach(), counts, levels], 1)
         total = sum_over_ranks(packed)
         count = total[:, num_bins : 2 * num_bins]
         fields = FieldLosses(
             cross_entropy=total[:, :num_bins] / count.clamp(min=1.0),
             share=count / count.sum(1, keepdim=True).clamp(min=1.0),
-            chance=total[:, -2] / num_ranks(),
-            baseline=total[:, -1] / num_ranks(),
+            chance=total[:, -3] / total[:, -1],
+            baseline=total[:, -2] / total[:, -1],
         )
         share = sums * num_ranks() / count.sum(1, keepdim=True).clamp(min=1.0)
         return share, fields

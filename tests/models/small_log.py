@@ -9,8 +9,9 @@ from torch import Tensor
 
 from hetegen_rec.config.run import ModelConfig, Stage, StageConfig, TrainConfig
 from hetegen_rec.config.schema import NUM_RESERVED_IDS, Schema
-from hetegen_rec.data.batch import Batch, Cursor
+from hetegen_rec.data.batch import Batch
 from hetegen_rec.data.batching import Batcher, encoded_schema
+from hetegen_rec.data.cursor import Cursor, Served
 from hetegen_rec.data.statistics import FieldStatistics, Statistics
 from hetegen_rec.models.corruption import Corrupted, Corruption, RowNoise
 from hetegen_rec.models.hetegen import HeteGen, build_model
@@ -60,12 +61,14 @@ class Log:
         stop = total if stop is None else stop
         strata = (np.arange(start, stop + padding) + 0.5) / total
         rows = pa.concat_tables([self.table.slice(start, stop - start), self._batcher.padding(padding)])
-        return self._batcher.make(rows, strata.astype(np.float32), noise_seed, Cursor(0, step))
+        cursor = Cursor(0, (Served(1, step),))
+        return self._batcher.make(rows, strata.astype(np.float32), noise_seed, cursor, total)
 
     def rows(self, index: list[int]) -> Batch:
         """Some rows, in an order of their own, on the strata that they have in `batch()`."""
-        strata = (np.array(index) + 0.5) / self.table.num_rows
-        return self._batcher.make(self.table.take(index), strata.astype(np.float32), 1, Cursor(0, 0))
+        total = self.table.num_rows
+        strata = (np.array(index) + 0.5) / total
+        return self._batcher.make(self.table.take(index), strata.astype(np.float32), 1, Cursor(), total)
 
 
 def _rows(rng: np.random.Generator, num_rows: int) -> pa.Table:

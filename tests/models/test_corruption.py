@@ -160,6 +160,20 @@ def test_marginal_noise_takes_the_value_of_another_row_of_the_same_field():
     assert torch.equal(corrupted.is_target, masked().is_target)
 
 
+@pytest.mark.parametrize("padding", [slice(40, 60), slice(0, 60, 3)], ids=["behind", "among"])
+def test_marginal_noise_takes_nothing_from_padding(padding):
+    batch = log().rows([*range(60)])
+    batch.row_ids[padding] = -1
+    batch.ids[padding] = -1
+    corrupted = corrupt(log(), tokens()[:60], batch, kind="marginal", marginal_fraction=1.0)
+    hit = noised(corrupted, tokens()[:60])
+    for name in FULL:
+        place = column(name)
+        source = corrupted.tokens[hit[:, place], place, 0].long() - 1
+        assert len(source.unique()) == len(source) > 5
+        assert (batch.row_ids[source] >= 0).all()
+
+
 def test_marginal_noise_swaps_its_share_and_masks_the_rest():
     corrupted = corrupt(log(), tokens(), kind="marginal", marginal_fraction=0.3)
     hit = noised(masked(), tokens())

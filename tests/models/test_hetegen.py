@@ -1,5 +1,6 @@
 """The assembly: what each stage's loss is made of and what it trains."""
 
+from dataclasses import replace
 from functools import cache
 from typing import get_args
 
@@ -9,7 +10,7 @@ from small_log import FULL, SAMPLED, SCHEMA, TOKENS, Log, column, make_model, mo
 
 from hetegen_rec.config.run import AttentionGuidance, Stage, StageConfig, TrainConfig
 from hetegen_rec.config.schema import Schema
-from hetegen_rec.data.batch import Cursor
+from hetegen_rec.data.cursor import Cursor, Served
 from hetegen_rec.models.balancing import FORMS
 from hetegen_rec.models.corruption import LABEL_MASK_ID, Corrupted, Corruption
 from hetegen_rec.models.hetegen import build_model
@@ -151,7 +152,7 @@ def test_table_l2_is_unbiased_over_the_batches_of_an_epoch():
     tables = tables_of(model)
     with torch.no_grad():
         tables["genres"].zero_()  # bags are regularised by their pooled vector, an approximation
-    batches = [log().batch(start, start + 8) for start in range(0, 64, 8)]
+    batches = [replace(log().batch(start, start + 8), num_real_rows=8) for start in range(0, 64, 8)]
     estimates = torch.stack([model(batch)[1].terms["table_l2"] for batch in batches])
     whole = torch.tensor(0.0)
     for name, weight in tables.items():
@@ -222,6 +223,7 @@ def test_bf16_is_close_to_fp32():
 def test_losses_are_averaged_in_full_precision_under_bf16():
     network = make_model(log(), "pretrain", precision="bf16").network
     rows, num_fields = 1001, len(network.fields)
+    batch = Log(rows).batch()
     losses = RowLosses(
         torch.rand(rows, num_fields),
         torch.ones(rows, num_fields) > 0,
@@ -230,7 +232,7 @@ def test_losses_are_averaged_in_full_precision_under_bf16():
     )
     corrupted = Corrupted(torch.empty(0), torch.empty(0), torch.empty(0), torch.rand(rows))
     with torch.autocast("cpu", torch.bfloat16):
-        share, fields = network._reduce(losses, corrupted)
+        share, fields = network._reduce(losses, batch, corrupted)
     torch.testing.assert_close(share[:, 0], losses.loss.mean(0))
     torch.testing.assert_close(fields.cross_entropy[:, 0], losses.loss.mean(0))
 
@@ -325,7 +327,7 @@ def test_probes_come_once_in_so_many_steps():
     batch = log().batch(0, 1)
     probes = 0
     for step in range(2000):
-        batch.cursor = Cursor(0, step * 64)
+        batch.cursor = Cursor(0, (Served(1, step * 64),))
         probes += network._is_probe_step(batch)
     assert probes == pytest.approx(200, abs=50)
 
