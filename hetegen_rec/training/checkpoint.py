@@ -32,7 +32,6 @@ T = TypeVar("T")
 
 FORMAT_VERSION = 2
 METADATA = "metadata.json"
-BEST = "best.json"
 _STEP = re.compile(r"step-(\d+)")
 
 
@@ -55,6 +54,8 @@ class CheckpointInfo:
     """Rows and columns of every table."""
     optimizer_state: dict[str, tuple[int, ...]]
     """Shape of every tensor of the optimizer's state."""
+    best: dict[str, Any] | None
+    """`metric` and `value`, if none before was better when it was written."""
     files: dict[str, dict[str, Any]]
     """`bytes` and `sha256` of every file beside `metadata.json`."""
     metadata: dict[str, Any]
@@ -100,6 +101,7 @@ def read_info(location: str) -> CheckpointInfo:
         world_size=values["world_size"],
         tables={name: (rows, dim) for name, (rows, dim) in values["tables"].items()},
         optimizer_state={key: tuple(shape) for key, shape in values["optimizer_state"].items()},
+        best=values["best"],
         files=values["files"],
         metadata=values["metadata"],
     )
@@ -116,7 +118,7 @@ class Checkpoints:
         """Opens a place, which need not exist.
 
         Args:
-            location: directory or URL; holds `step-N` directories and `best.json`.
+            location: directory or URL; holds `step-N` directories.
             runtime: this process's view of the job.
             fingerprint: of the schema of the model at hand, see `schema_fingerprint`.
         """
@@ -139,7 +141,7 @@ class Checkpoints:
         return None
 
     def best(self) -> CheckpointInfo | None:
-        """The checkpoint of the best evaluation; the newest where none was marked, or that one is damaged."""
+        """The checkpoint of the best evaluation; the newest where none is, or that one is damaged."""
         step = self._on_main(lambda: best_step(self.store))
         if step is None:
             return self.latest()
@@ -152,7 +154,6 @@ class Checkpoints:
 
     def clear(self) -> None:
         """Removes all checkpoints here; for rank 0 only."""
-        self.store.remove_file(BEST)
         for step in written_steps(self.store):
             self.store.remove_directory(step_name(step))
 
@@ -249,10 +250,14 @@ def written_steps(store: Store) -> Iterator[int]:
 
 
 def best_step(store: Store) -> int | None:
-    """Step of the checkpoint that was marked as the best."""
-    if not store.exists(BEST):
-        return None
-    return int(json.loads(store.read_text(BEST))["step"])
+    """Step of the best checkpoint: the newest that none before was better than."""
+    for step in reversed(complete_steps(store)):
+        try:
+            if read_info(store.path(step_name(step))).best is not None:
+                return step
+        except CheckpointError as error:
+            logger.warning("%s; it may have been the best one", error)
+    return None
 
 
 def shapes_over_ranks(state: Mapping[str, Any], runtime: Runtime) -> dict[str, tuple[int, ...]]:

@@ -4,10 +4,9 @@ Training waits while its state is copied to host memory. A thread writes the cop
 its own, so that its collectives never mix with those of the steps.
 """
 
-import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from threading import Thread
 from types import TracebackType
@@ -23,7 +22,6 @@ from hetegen_rec.distributed.optimizer_state import canonical_optimizer_state
 from hetegen_rec.distributed.runtime import Runtime
 from hetegen_rec.distributed.sharding import global_shape, tables_in
 from hetegen_rec.training.checkpoint import (
-    BEST,
     FORMAT_VERSION,
     METADATA,
     CheckpointError,
@@ -197,15 +195,13 @@ class CheckpointWriter:
             "world_size": ranks.world_size,
             "tables": {name: list(global_shape(value)) for name, value in tables_in(state["model"]).items()},
             "optimizer_state": shapes_over_ranks(state["optimizer"], ranks),
+            "best": None if best is None else asdict(best),
             "files": {file: about for part in ranks.gather(writer.files) for file, about in part.items()},
             "metadata": metadata,
         }
         with ranks.together(f"finishing {self._store.path(name)}"):
             if ranks.is_main:
                 self._store.write_text(f"{name}/{METADATA}", sealed(description))
-                if best is not None:
-                    text = json.dumps({"step": step, "metric": best.metric, "value": best.value})
-                    self._store.write_text(BEST, text)
                 self._prune(step)
 
     def _prune(self, newest: int) -> None:
