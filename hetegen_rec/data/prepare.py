@@ -49,12 +49,8 @@ from hetegen_rec.data.parts import Parts
 from hetegen_rec.data.prepared import write_row_groups
 from hetegen_rec.data.raw import BadRowsError, DataError, expand_paths, row_groups
 from hetegen_rec.data.row_pass import BadGroup, Progress, RowPass, num_rows_of, silent
-from hetegen_rec.data.statistics import (
-    Accumulator,
-    Statistics,
-    summarise_table,
-    write_statistics,
-)
+from hetegen_rec.data.statistics import Accumulator, Statistics, write_statistics
+from hetegen_rec.data.summary import summarise_table
 from hetegen_rec.data.workers import Workers
 from hetegen_rec.files import replace_directory
 from hetegen_rec.locks import LockedError, directory_lock

@@ -17,10 +17,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from hetegen_rec.config.schema import NUM_RESERVED_IDS, Field, ReservedId, Schema
-from hetegen_rec.data.accumulators import FieldAccumulator, HashCounter, Histogram, ValueCounter
+from hetegen_rec.data.accumulators import FieldAccumulator
 from hetegen_rec.data.columns import ValueType, field_values, labels, timestamps
 from hetegen_rec.data.raw import DataError
-from hetegen_rec.data.vocabulary import BucketVocabulary, ExactVocabulary
+from hetegen_rec.data.vocabulary import TableIdentity
 
 STATISTICS_FILE = "statistics.json"
 _ARRAYS_DIR = "arrays"
@@ -54,6 +54,8 @@ class FieldStatistics:
     """Type of the raw values (see `columns`)."""
     vocabulary_checksum: str = ""
     """`vocab`: identifies the vocabulary of the table."""
+    identity: TableIdentity | None = None
+    """Which value each id of the table stands for; None if this was not made by `summarise_table`."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "table", self.table or self.name)
@@ -67,19 +69,24 @@ class FieldStatistics:
     @classmethod
     def load(cls, directory: Path, plain: Mapping[str, Any]) -> "FieldStatistics":
         """The inverse of `save`; the counts stay on disk, memory-mapped."""
-        edges = plain["bucket_edges"]
+        edges, identity = plain["bucket_edges"], plain["identity"]
         return cls(
             **{
                 **plain,
                 "bucket_edges": None if edges is None else np.asarray(edges, np.float64),
+                "identity": None if identity is None else TableIdentity.from_json(identity),
                 "counts": np.load(_counts_path(directory, plain["name"]), mmap_mode="r"),
             }
         )
 
     def _plain(self) -> dict[str, Any]:
         plain = {key: value for key, value in vars(self).items() if key != "counts"}
-        edges = self.bucket_edges
-        return {**plain, "bucket_edges": None if edges is None else edges.tolist()}
+        edges, identity = self.bucket_edges, self.identity
+        return {
+            **plain,
+            "bucket_edges": None if edges is None else edges.tolist(),
+            "identity": None if identity is None else identity.as_json(),
+        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +100,12 @@ class Statistics:
     def table_rows(self, table: str) -> int:
         """Rows of an embedding table, by the field that owns it."""
         return self.fields[table].num_ids
+
+    @property
+    def table_identities(self) -> dict[str, TableIdentity]:
+        """Which value each id stands for, by table."""
+        owners = (field for field in self.fields.values() if field.name == field.table)
+        return {field.name: field.identity for field in owners if field.identity is not None}
 
     def log_prior(self, field: str, oov_dropout: float = 0.0) -> npt.NDArray[np.float32]:
         """[num_ids] log share of each id among the field's in-vocabulary training values.
@@ -238,112 +251,6 @@ class Accumulator:
 def fields_on(schema: Schema, table: str) -> list[Field]:
     """The fields whose ids index a table: its owner and the sequences that share it."""
     return [field for field in schema.fields if field.table_name == table]
-
-
-def summarise_table(
-    schema: Schema, table: str, counted: Mapping[str, FieldAccumulator]
-) -> tuple[ExactVocabulary | None, list[FieldStatistics]]:
-    """The vocabulary of a table and the statistics of the fields on it.
-
-    A vocabulary holds the values of the field that owns the table and of the sequences that share it,
-    and `min_count` is held against their counts together: an item that was only ever part of a
-    history deserves a row too.
-
-    Args:
-        schema: the schema.
-        table: the field that owns the table.
-        counted: accumulators of the fields on the table, merged over all ranks.
-
-    Raises:
-        DataError: fields on the table hold values of different types.
-    """
-    owner = schema.field(table)
-    _require_one_type(schema, table, counted)
-    if owner.vocabulary != "vocab":
-        return None, [_of_counter(owner, name, field) for name, field in counted.items()]
-    tables = {name: _exact(field).table for name, field in counted.items()}
-    vocabulary = ExactVocabulary.build(tables, table, owner.min_count or 1)
-    checksum = vocabulary.checksum
-    statistics = []
-    for name, field in counted.items():
-        counts = _counts_by_id(vocabulary, tables[name])
-        statistics.append(
-            _statistics(
-                owner, name, field, counts, len(tables[name]), is_sequence=name != table, checksum=checksum
-            )
-        )
-    return vocabulary, statistics
-
-
-def _require_one_type(schema: Schema, table: str, counted: Mapping[str, FieldAccumulator]) -> None:
-    types = {name: field.value_type for name, field in counted.items() if field.value_type != "none"}
-    if len(set(types.values())) > 1:
-        found = ", ".join(f"{schema.field(name).column!r} {kind}" for name, kind in types.items())
-        raise DataError(
-            f"fields that share table {table!r} hold values of different types ({found}); write them as one"
-        )
-
-
-def _exact(field: FieldAccumulator) -> ValueCounter:
-    assert isinstance(field.counter, ValueCounter)
-    return field.counter
-
-
-def _counts_by_id(vocabulary: ExactVocabulary, values: pa.Table) -> npt.NDArray[np.int64]:
-    counts = np.zeros(vocabulary.num_ids, np.int64)
-    ids = vocabulary.lookup(values["value"].combine_chunks())
-    np.add.at(counts, ids, values["count"].to_numpy())
-    return counts
-
-
-def _of_counter(owner: Field, name: str, field: FieldAccumulator) -> FieldStatistics:
-    """Statistics of a field whose ids follow from its counter alone."""
-    counter = field.counter
-    if isinstance(counter, HashCounter):
-        return _statistics(
-            owner, name, field, counter.counts, counter.distinct.estimate, is_sequence=name != owner.name
-        )
-    assert isinstance(counter, Histogram)
-    edges = counter.edges(owner.num_buckets or 1)
-    buckets = BucketVocabulary(edges)
-    counts = np.zeros(buckets.num_ids, np.int64)
-    np.add.at(counts, buckets.lookup(pa.array(counter.starts)), counter.counts)
-    return _statistics(owner, name, field, counts, counter.distinct.estimate, edges=edges)
-
-
-def _statistics(
-    owner: Field,
-    name: str,
-    field: FieldAccumulator,
-    counts: npt.NDArray[np.int64],
-    cardinality: int,
-    *,
-    is_sequence: bool = False,
-    edges: npt.NDArray[np.float64] | None = None,
-    checksum: str = "",
-) -> FieldStatistics:
-    if not is_sequence:  # an empty sequence is an empty bag, anything else missing looks up row 0
-        counts[ReservedId.MISSING] = field.num_missing
-    return FieldStatistics(
-        name=name,
-        num_values=field.num_values,
-        num_missing=field.num_missing,
-        num_out_of_vocabulary=int(counts[ReservedId.OUT_OF_VOCABULARY]),
-        cardinality=cardinality,
-        num_ids=len(counts),
-        entropy=_entropy(counts[NUM_RESERVED_IDS:]),
-        counts=counts,
-        bucket_edges=edges,
-        table=owner.name,
-        value_type=field.value_type,
-        vocabulary_checksum=checksum,
-    )
-
-
-def _entropy(counts: npt.NDArray[np.int64]) -> float:
-    seen = counts[counts > 0]
-    shares = seen / max(seen.sum(), 1)
-    return float(max(-(shares * np.log(shares)).sum(), 0.0))
 
 
 def _counts_path(directory: Path, field: str) -> Path:

@@ -11,7 +11,8 @@ from hetegen_rec.data.batching import encoded_schema
 from hetegen_rec.data.encoding import Encoder, required_columns, vocabulary_path
 from hetegen_rec.data.hashing import hash_bucket_torch, mix64_torch, salt_of
 from hetegen_rec.data.raw import DataError
-from hetegen_rec.data.statistics import Accumulator, Statistics, summarise_table
+from hetegen_rec.data.statistics import Accumulator, Statistics
+from hetegen_rec.data.summary import summarise_table
 
 SCHEMA = Schema.model_validate(
     {

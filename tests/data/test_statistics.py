@@ -1,3 +1,4 @@
+import json
 import math
 import pickle
 
@@ -12,8 +13,9 @@ from hetegen_rec.data import accumulators
 from hetegen_rec.data.accumulators import DistinctSketch, Histogram
 from hetegen_rec.data.hashing import mix64
 from hetegen_rec.data.raw import DataError
-from hetegen_rec.data.statistics import Accumulator, FieldStatistics, Statistics, summarise_table
-from hetegen_rec.data.vocabulary import ExactVocabulary
+from hetegen_rec.data.statistics import Accumulator, FieldStatistics, Statistics
+from hetegen_rec.data.summary import KeptTable, summarise_table
+from hetegen_rec.data.vocabulary import ExactVocabulary, TableIdentity
 
 SCHEMA = Schema.model_validate(
     {
@@ -61,19 +63,31 @@ def count(tables: list[pa.Table], schema: Schema = SCHEMA) -> Accumulator:
     return accumulator
 
 
-def summarise(parts: list[Accumulator], schema: Schema = SCHEMA) -> tuple[Statistics, dict]:
-    """What `prepare` does with the counts of several ranks."""
+def summarise(
+    parts: list[Accumulator],
+    schema: Schema = SCHEMA,
+    older: tuple[Statistics, dict] | None = None,
+) -> tuple[Statistics, dict]:
+    """What `prepare` does with the counts of several ranks, and with the ids of older data."""
     fields, vocabularies = {}, {}
     for owner in schema.table_owners:
         merged, *others = [pickle.loads(pickle.dumps(part.of_table(owner.name))) for part in parts]
         for other in others:
             for name, counted in merged.items():
                 counted.merge(other[name])
-        vocabularies[owner.name], found = summarise_table(schema, owner.name, merged)
+        vocabularies[owner.name], found = summarise_table(
+            schema, owner.name, merged, older and kept_table(owner.name, *older)
+        )
         fields.update({field.name: field for field in found})
     num_rows, num_positives = sum(p.num_rows for p in parts), sum(p.num_positives for p in parts)
     ordered = {name: fields[name] for name in schema.field_names}
     return Statistics(num_rows, num_positives, ordered), vocabularies
+
+
+def kept_table(table: str, statistics: Statistics, vocabularies: dict) -> KeptTable:
+    vocabulary = vocabularies[table]
+    values = vocabulary and vocabulary.values.slice(0, vocabulary.num_kept)
+    return KeptTable("older", statistics.fields[table], statistics.table_identities[table], values)
 
 
 def statistics_of(rows: list[dict]) -> Statistics:
@@ -271,3 +285,73 @@ def test_priors_under_dropout_are_shares_of_the_values_that_keep_their_id():
     statistics = Statistics(18, 9, {"item": field})
     kept = np.array([8 * 8 / 10, 2 * 2 / 4])
     np.testing.assert_allclose(np.exp(statistics.log_prior("item", 2.0)[2:]), kept / kept.sum(), rtol=1e-6)
+
+
+def test_kept_ids_stay_and_new_ones_follow_by_frequency() -> None:
+    older = summarise([count([table_of([row(item=i, tags=["a"]) for i in (7, 7, 5, 5, 5, 9)])])])
+    assert older[1]["item"].values.to_pylist() == [5, 7, 9]  # 9 is rarer than min_count
+    rows = [row(item=i, tags=["b"]) for i in (1, 9, 9, 9, 4, 4, 7)]
+    statistics, vocabularies = summarise([count([table_of(rows)])], older=older)
+    assert vocabularies["item"].lookup(pa.array([5, 7, 9, 4, 1])).tolist() == [2, 3, 4, 5, 1]
+    assert statistics.fields["item"].counts.tolist() == [0, 1, 0, 1, 3, 2]
+    assert vocabularies["tags"].values.to_pylist() == ["a", "b"]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(ROW, min_size=1, max_size=20), st.lists(ROW, min_size=1, max_size=20), st.integers(0, 20))
+def test_data_with_kept_ids_count_the_new_rows_only_and_do_so_on_any_number_of_ranks(
+    older_rows, rows, cut
+) -> None:
+    older = summarise([count([table_of(older_rows)])])
+    statistics, vocabularies = summarise([count([table_of(rows)])], older=older)
+    parts = [count([table_of(rows[:cut])]), count([table_of(rows[cut:])])]
+    assert summarise(parts, older=older)[0].fingerprint == statistics.fingerprint
+    for name, field in statistics.fields.items():
+        missing = 0 if name == "history" else field.num_missing
+        assert field.counts.sum() == field.num_values + missing
+        for dropout in (0.0, 5.0):
+            assert np.isfinite(statistics.log_prior(name, dropout)).all()
+            assert np.isfinite(statistics.log_rate(field.table, dropout)).all()
+    for table, old in older[0].table_identities.items():
+        new = statistics.table_identities[table]
+        assert new == old or new.grown_from(old)
+        if table in ("item", "tags"):
+            num_old = older[1][table].num_kept
+            kept = older[1][table].values.slice(0, num_old)
+            assert vocabularies[table].lookup(kept).tolist() == list(range(2, 2 + num_old))
+    edges = [of.fields["price"].bucket_edges.tolist() for of in (statistics, older[0])]
+    assert edges[0] == edges[1]
+
+
+def test_identities_tell_which_ids_mean_the_same() -> None:
+    def identity(items: list[int], older: tuple[Statistics, dict] | None = None) -> tuple:
+        found = summarise([count([table_of([row(item=i) for i in items * 2])])], older=older)
+        return found, found[0].table_identities["item"]
+
+    first, of_first = identity([1, 1, 2])
+    second, of_second = identity([3], older=first)
+    _, of_third = identity([4, 3], older=second)
+    assert of_third.grown_from(of_second)
+    assert of_third.grown_from(of_first)
+    assert not of_first.grown_from(of_third)
+    assert not of_third.grown_from(of_third)
+    assert identity([2, 2, 1])[1] != of_first  # the same values in another order
+    assert identity([1, 1, 1, 2])[1] == of_first  # other counts, the same ids
+    assert identity([2], older=first)[1] == of_first
+    assert not identity([1, 1, 1, 2, 2, 3])[1].grown_from(of_second)
+    assert TableIdentity.from_json(json.loads(json.dumps(of_third.as_json()))) == of_third
+    assert TableIdentity.from_json(of_third.as_json()).grown_from(of_first)
+
+
+def test_kept_ids_of_another_type_name_field_and_directory() -> None:
+    older = summarise([count([table_of([row(item=1)])])])
+    strings = table_of([row()]).set_column(1, "item", pa.array(["1"]))
+    with pytest.raises(DataError, match=r"'item' holds string values.*keep_ids_of: older.* integer values"):
+        summarise([count([strings])], older=older)
+
+
+def test_a_field_without_values_keeps_the_type_of_its_older_ones() -> None:
+    older = summarise([count([table_of([row(item=1), row(item=1)])])])
+    statistics, vocabularies = summarise([count([table_of([row()])])], older=older)
+    assert statistics.fields["item"].value_type == "integer"
+    assert vocabularies["item"].lookup(pa.array([1])).tolist() == [2]
