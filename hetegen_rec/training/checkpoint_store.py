@@ -132,7 +132,11 @@ class _DigestingFileSystem(FileSystem):
                 yield stream
                 return
             digesting = _DigestingStream(stream)
-            yield digesting
+            try:
+                yield digesting
+            except RuntimeError as error:
+                # torch.save ends its archive on the way out; that this fails too would hide why.
+                raise (digesting.failure or error) from None
             self._files[_last(os.fspath(path))] = digesting.description()
 
     def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
@@ -147,9 +151,14 @@ class _DigestingStream(io.RawIOBase):
         self._stream = stream
         self._digest = hashlib.sha256()
         self._bytes = 0
+        self.failure: OSError | None = None
 
     def write(self, block: Any) -> int:
-        self._stream.write(block)
+        try:
+            self._stream.write(block)
+        except OSError as error:
+            self.failure = error
+            raise
         self._digest.update(block)
         self._bytes += memoryview(block).nbytes
         return memoryview(block).nbytes
