@@ -92,6 +92,10 @@ class DataConfig(Section):
     """Raw files of the test split; may be left out."""
     prepared_dir: str
     """Where `prepare` writes statistics, vocabularies and encoded shards."""
+    keep_ids_of: str | None = None
+    """The `prepared_dir` of older data whose ids these newer ones keep, so that training goes on from a
+    checkpoint: values of exact vocabularies keep their ids, in use or not, and new ones are added behind;
+    numeric fields keep the edges of their buckets. Counts are those of the newer data alone."""
     encode: Literal["prepared", "on_the_fly"] = "prepared"
     """Train from encoded shards, or encode raw shards while reading (no second copy of the data)."""
     rows_per_group: PositiveInt = 65_536
@@ -124,6 +128,11 @@ class DataConfig(Section):
     def _check(self) -> "DataConfig":
         if self.source and not self.raw_dir:
             raise ValueError("`source` needs `raw_dir`: the directory to write the raw data to")
+        if self.keep_ids_of is not None and Path(self.keep_ids_of) == Path(self.prepared_dir):
+            raise ValueError(
+                f"`keep_ids_of: {self.keep_ids_of}` is `prepared_dir` itself; give newer data a directory of "
+                "their own"
+            )
         for split in ("train", "valid"):
             if not getattr(self, split):
                 raise ValueError(f"`{split}` is empty; name the raw files of that split")

@@ -92,10 +92,12 @@ def schema_fingerprint(schema: Schema) -> str:
     return _fingerprint(described)
 
 
-def input_fingerprint(data: DataConfig, files: Mapping[Split, Sequence[str]]) -> str:
-    """Identifies the raw files and the settings that shape what is written from them."""
+def input_fingerprint(
+    data: DataConfig, files: Mapping[Split, Sequence[str]], kept_ids: Mapping[str, object]
+) -> str:
+    """Identifies the raw files, the ids to keep, and the settings that shape what is written from them."""
     stamps = {split: [_stamp(path) for path in paths] for split, paths in files.items()}
-    return _fingerprint([stamps, data.encode, data.rows_per_group])
+    return _fingerprint([stamps, kept_ids, data.encode, data.rows_per_group])
 
 
 def _stamp(path: str) -> list[str | int]:

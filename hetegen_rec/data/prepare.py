@@ -36,6 +36,7 @@ from hetegen_rec.data.accumulators import FieldAccumulator
 from hetegen_rec.data.bad_shards import BadShard, summary, warn_of
 from hetegen_rec.data.columns import ValueType
 from hetegen_rec.data.encoding import VOCABULARY_DIR, Encoder, vocabulary_path
+from hetegen_rec.data.growth import KeptIds
 from hetegen_rec.data.listing import Files, Groups, Listing, list_groups, look_at, require_rows
 from hetegen_rec.data.manifest import (
     MANIFEST_FILE,
@@ -50,7 +51,7 @@ from hetegen_rec.data.prepared import write_row_groups
 from hetegen_rec.data.raw import BadRowsError, DataError, expand_paths, row_groups
 from hetegen_rec.data.row_pass import BadGroup, Progress, RowPass, num_rows_of, silent
 from hetegen_rec.data.statistics import Accumulator, Statistics, write_statistics
-from hetegen_rec.data.summary import summarise_table
+from hetegen_rec.data.summary import KeptTable, summarise_table
 from hetegen_rec.data.workers import Workers
 from hetegen_rec.files import replace_directory
 from hetegen_rec.locks import LockedError, directory_lock
@@ -147,7 +148,9 @@ def _find_files(config: RunConfig, workers: Workers) -> tuple[Files, Fingerprint
     with workers.together("finding the raw files"):
         if workers.rank == 0:
             files: Files = {split: expand_paths(config.data.raw_paths(split)) for split in config.splits()}
-            found = files, (schema_fingerprint(config.features), input_fingerprint(config.data, files))
+            kept = KeptIds(config.data, config.features).described
+            of_input = input_fingerprint(config.data, files, kept)
+            found = files, (schema_fingerprint(config.features), of_input)
     of_rank_0: tuple[Files, Fingerprints] = workers.gather(found)[0]
     return of_rank_0
 
@@ -312,21 +315,22 @@ class _Preparation:
         mine: dict[str, dict[str, Any]] = {}
         with self.workers.together("merging the counts"):
             (directory / VOCABULARY_DIR).mkdir(exist_ok=True)
+            kept = KeptIds(self.config.data, self.config.features)
             owners = self.config.features.table_owners
             for owner in owners[self.workers.rank :: self.workers.world_size]:
-                mine.update(self._merge_table(directory, owner.name))
+                mine.update(self._merge_table(directory, owner.name, kept.of_table(owner.name)))
         known = {name: plain for fields in self.workers.gather(mine) for name, plain in fields.items()}
         with self.workers.together("writing the statistics"):
             if self.workers.rank == 0:
                 fields = [known[name] for name in self.config.features.field_names]
                 write_statistics(directory, self._num_rows, self._num_positives, fields)
 
-    def _merge_table(self, directory: Path, table: str) -> dict[str, dict[str, Any]]:
+    def _merge_table(self, directory: Path, table: str, kept: KeptTable | None) -> dict[str, dict[str, Any]]:
         counted = _load_counts(directory, table, 0)
         for rank in range(1, self.workers.world_size):
             for name, other in _load_counts(directory, table, rank).items():
                 counted[name].merge(other)
-        vocabulary, fields = summarise_table(self.config.features, table, counted)
+        vocabulary, fields = summarise_table(self.config.features, table, counted, kept)
         if vocabulary is not None:
             vocabulary.save(vocabulary_path(directory, table))
         return {field.name: field.save(directory) for field in fields}
