@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from threading import Event
+from threading import Event, Timer
 from typing import Any
 from unittest import mock
 
@@ -133,6 +133,10 @@ class Gate:
     def open(self) -> None:
         """Lets all writings go on, also the later ones."""
         self._is_open.set()
+
+    def open_after(self, seconds: float) -> None:
+        """Opens it from another thread, for who is about to wait for a writing."""
+        Timer(seconds, self.open).start()
 
     @contextmanager
     def closed(self) -> Iterator["Gate"]:
