@@ -5,6 +5,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
 from hetegen_rec import jobs
 from hetegen_rec.config.errors import ConfigError
 from hetegen_rec.config.loading import load_config
@@ -13,20 +15,21 @@ from hetegen_rec.data.sources import SourceError
 from hetegen_rec.distributed.planning import PlanningError
 from hetegen_rec.distributed.runtime import (
     DistributedError,
+    LostPeerError,
     PeerFailedError,
+    describe_loss,
     is_launched,
     leads_host,
     start_runtime,
 )
 from hetegen_rec.evaluation.errors import EvaluationError
 from hetegen_rec.jobs import Job
+from hetegen_rec.launching.exit_codes import FAILED, LOST_PEER
 from hetegen_rec.launching.relaunch import relaunch
 from hetegen_rec.terminal import quiet_libraries, show_log
 from hetegen_rec.training.checkpoint import CheckpointError
 
 DEFAULT_CONFIG = "configs/movielens_100k.yaml"
-FAILED = 2
-"""Exit code after an error that the person can mend."""
 
 USER_ERRORS = (
     CheckpointError,
@@ -61,10 +64,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser_of(verb)
     # Overrides may stand anywhere among the options, and behind a `--`.
     options = parser.parse_intermixed_args([word for word in given[1:] if word != "--"])
-    if options.ranks > 1:
+    if options.ranks > 1 or options.max_restarts > 0:
         if is_launched():
-            parser.error("--ranks starts processes itself; leave it out under torchrun and torchx")
-        return relaunch("hetegen_rec.cli", options.ranks, [*given, "--ranks", "1"])
+            parser.error(
+                "--ranks and --max-restarts start processes themselves; leave them out under torchrun and "
+                "torchx, which have options of their own"
+            )
+        alone = [*given, "--ranks", "1", "--max-restarts", "0"]
+        return relaunch("hetegen_rec.cli", options.ranks, alone, options.max_restarts)
     quiet_libraries()
     try:
         return _run(verb, options)
@@ -96,6 +103,14 @@ def _parser_of(verb: str) -> argparse.ArgumentParser:
     parser.add_argument("--config", default=DEFAULT_CONFIG, help=f"YAML file (default {DEFAULT_CONFIG})")
     parser.add_argument(
         "--ranks", type=int, default=1, help="processes to start on this machine (default: one)"
+    )
+    parser.add_argument(
+        "--max-restarts",
+        type=int,
+        default=0,
+        metavar="N",
+        help="how often to start all processes again when one dies; training goes on from its newest "
+        "checkpoint (default: never)",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.max_steps=4")
     parser.set_defaults(stage=None, checkpoint=None, split="test", input=[], output=None)
@@ -149,6 +164,9 @@ def _run(verb: str, options: argparse.Namespace) -> int:
             )
             with show_log(runtime.rank):
                 return _run_job(VERBS[verb][0], job)
+    except LostPeerError as error:
+        _tell(error)
+        return LOST_PEER
     except USER_ERRORS as error:  # before the ranks have met, so all of a host meet the same
         if leads_host():
             _tell(error)
@@ -159,19 +177,34 @@ def _run_job(verb: Verb, job: Job) -> int:
     try:
         verb(job)
     except PeerFailedError:
-        return FAILED
+        return LOST_PEER
     except USER_ERRORS as error:
         if job.runtime.is_first_to_fail():
             _tell(error)
         return FAILED
-    except RuntimeError:
-        if job.runtime.has_failed_peer():  # a collective broke off because the peer left it
-            return FAILED
+    except Exception as error:
+        is_first = job.runtime.is_first_to_fail()
+        loss = describe_loss(error)
+        if is_first and loss is not None:
+            _tell_loss(job.runtime.rank, loss)
+        if loss is not None or (isinstance(error, RuntimeError) and not is_first):
+            return LOST_PEER  # it broke here because another rank failed
         raise
     return 0
 
 
+def _tell_loss(rank: int, loss: str) -> None:
+    print(
+        f"error: rank {rank} lost another rank: {loss}. What happened to that one stands in its own output, "
+        "or in the kernel's log of its host if it was killed for memory. A training that is started again "
+        "goes on from its newest checkpoint",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
 def _tell(error: Exception) -> None:
+    get_error_handler().record_exception(error)  # for the summary of torchrun
     print(f"error: {error}", file=sys.stderr, flush=True)
 
 

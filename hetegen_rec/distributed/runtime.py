@@ -5,7 +5,9 @@ The only module that reads `os.environ` and the only one that chooses the device
 
 import logging
 import os
+import re
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,9 +16,11 @@ from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from hetegen_rec.config.errors import ConfigError
+from hetegen_rec.distributed.meeting import MeetingError, meet
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +29,9 @@ T = TypeVar("T")
 # Gloo's threads outlive the group while a model refers to it, and abort the process if they let go of
 # the last collective's tensors after the interpreter began to end (pytorch/pytorch#179291).
 _SETTLE_SECONDS = 0.1
+
+# The watchdog of a hung rank must run out before the others' collectives do, and tell its stacks.
+_WATCHDOG_FIRST = timedelta(seconds=60)
 
 _LAUNCHER_VARIABLES = (
     "RANK",
@@ -35,6 +42,7 @@ _LAUNCHER_VARIABLES = (
     "MASTER_PORT",
 )
 
+_NO_NAME = "none"  # what torchrun calls a job that was given no name
 
 _FAILURE = "hetegen_rec/failure"  # key in the job's store: ranks that told of a failure
 
@@ -45,6 +53,10 @@ class DistributedError(RuntimeError):
 
 class PeerFailedError(DistributedError):
     """Another rank failed and tells of it itself; this one only stops."""
+
+
+class LostPeerError(DistributedError):
+    """Another rank went without a word, or cannot be reached. A new attempt may do."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +78,10 @@ class Runtime:
     """Where the model runs; tensors of the default process group live here."""
     host_group: dist.ProcessGroup
     """Gloo group for Python objects and CPU tensors. On CPU it is the default group."""
+    job_id: str
+    """Name of the job, also after restarts and after hosts came or went. Another job has another."""
+    restart_count: int
+    """How often ranks were started again because one failed. Hosts that come or go do not count."""
 
     @property
     def is_main(self) -> bool:
@@ -114,18 +130,11 @@ class Runtime:
 
         No collective: the others may be anywhere. So of many ranks that meet one problem, one tells.
         """
-        return self._count_failures(1) <= 1
-
-    def has_failed_peer(self) -> bool:
-        """Whether any rank noted that it failed; what breaks here then, only follows from it."""
-        return self._count_failures(0) > 0
-
-    def _count_failures(self, new: int) -> int:
         try:
             store = dist.distributed_c10d._get_default_store()
-            return int(store.add(_FAILURE, new))
+            return int(store.add(_FAILURE, 1)) <= 1
         except RuntimeError:  # the store went with the process that held it
-            return 0
+            return True
 
 
 @contextmanager
@@ -136,7 +145,8 @@ def start_runtime(
 
     Args:
         device: `auto` takes CUDA where there is one.
-        timeout_seconds: a collective that takes longer ends the job.
+        timeout_seconds: a collective that takes a minute longer fails. The minute is for watchdogs, which
+            tell more than a broken collective.
 
     Yields:
         This process's view of the job. The process groups end with the context.
@@ -144,26 +154,42 @@ def start_runtime(
     Raises:
         ConfigError: the device is not there.
         DistributedError: the launcher left part of its environment unset, or a group is running.
+        LostPeerError: not all ranks came in time.
     """
     if dist.is_initialized():
         raise DistributedError("a process group is running already; start one runtime a process")
     place = _read_place()
     chosen = _choose_device(device, place["LOCAL_RANK"], place["LOCAL_WORLD_SIZE"])
     _share_cores(place["LOCAL_WORLD_SIZE"])
-    timeout = timedelta(seconds=timeout_seconds)
+    timeout = timedelta(seconds=timeout_seconds) + _WATCHDOG_FIRST
     _join(place, "nccl" if chosen.type == "cuda" else "gloo", timeout)
     try:
+        with _coming_together():
+            host_group = _host_group(chosen, timeout)
+            job_id, restart_count = _agree_on_job(host_group, place["WORLD_SIZE"])
         yield Runtime(
             rank=place["RANK"],
             world_size=place["WORLD_SIZE"],
             local_rank=place["LOCAL_RANK"],
             local_world_size=place["LOCAL_WORLD_SIZE"],
             device=chosen,
-            host_group=_host_group(chosen, timeout),
+            host_group=host_group,
+            job_id=job_id,
+            restart_count=restart_count,
         )
     finally:
         dist.destroy_process_group()
         time.sleep(_SETTLE_SECONDS)
+
+
+def describe_loss(error: Exception) -> str | None:
+    """What an error says, if it says that another rank is gone or cannot be reached; else None."""
+    text = str(error).partition("\n")[0]
+    if isinstance(error, MeetingError | dist.DistNetworkError | dist.DistStoreError):
+        return text
+    if "gloo/transport" not in text:  # gloo has no error class of its own, but tells its source file
+        return None
+    return re.sub(r"^.*\[\S*gloo/transport\S*\] ", "", text).partition(". This is typically")[0]
 
 
 def is_launched() -> bool:
@@ -174,6 +200,35 @@ def is_launched() -> bool:
 def leads_host() -> bool:
     """Whether this is the first process of the job on its host, also before the job has met."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def seconds_to_stop() -> int:
+    """How long a launcher waits for a rank that it asked to stop, before it kills it; torchrun's setting."""
+    return int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30"))
+
+
+def environment_of_rank(
+    rank: int, world_size: int, port: int, job_id: str, restart_count: int
+) -> dict[str, str]:
+    """The environment from which a rank of a job on this host reads its place, as torchrun sets it.
+
+    Args:
+        rank: index of the process.
+        world_size: processes of the job.
+        port: of the launcher's key-value store, which outlives the ranks.
+        job_id: name of the job.
+        restart_count: how often ranks were started before.
+    """
+    place = dict(
+        zip(_LAUNCHER_VARIABLES, (rank, world_size, rank, world_size, "localhost", port), strict=True)
+    )
+    return {
+        **os.environ,
+        **{name: str(value) for name, value in place.items()},
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RUN_ID": job_id,
+        "TORCHELASTIC_RESTART_COUNT": str(restart_count),
+    }
 
 
 def _read_place() -> dict[str, int]:
@@ -221,10 +276,41 @@ def _share_cores(local_world_size: int) -> None:
 
 def _join(place: dict[str, int], backend: str, timeout: timedelta) -> None:
     if is_launched():
-        dist.init_process_group(backend, timeout=timeout)
+        _join_launched(backend, timeout)
     else:  # A store inside the process needs no port, so any number of lone jobs share a machine.
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
     logger.info("rank %d of %d joined through %s", place["RANK"], place["WORLD_SIZE"], backend)
+
+
+def _join_launched(backend: str, timeout: timedelta) -> None:
+    """Joins the ranks that were started together with this one, and no dead ones."""
+    with _coming_together():
+        store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+        name = meet(store, rank, world_size, timeout)
+        store = PrefixStore(name, store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+
+
+@contextmanager
+def _coming_together() -> Iterator[None]:
+    """Context in which another rank's absence is told as such."""
+    try:
+        yield
+    except RuntimeError as error:
+        loss = describe_loss(error)
+        if loss is None:
+            raise
+        raise LostPeerError(f"the ranks of the job did not come together: {loss}") from error
+
+
+def _agree_on_job(host_group: dist.ProcessGroup, world_size: int) -> tuple[str, int]:
+    """Rank 0's name of the job and the highest count of restarts, as every host counts its own."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", _NO_NAME)
+    restart_count = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    mine = (uuid.uuid4().hex if name == _NO_NAME else name, restart_count)
+    told: list[Any] = [None] * world_size
+    dist.all_gather_object(told, mine, group=host_group)
+    return told[0][0], max(count for _, count in told)
 
 
 def _host_group(device: torch.device, timeout: timedelta) -> dist.ProcessGroup:

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from hetegen_rec.distributed.runtime import seconds_to_stop
 from hetegen_rec.distributed.signals import StopRequest
 
 HUNG = 124
@@ -30,7 +31,7 @@ _STDERR = 2
 _INTERVAL_SECONDS = 1.0  # between two looks
 _BLOCKED_SECONDS = 3  # how much longer Python itself may be blocked than a step may take
 _LINGER_SECONDS = 6  # between telling the stacks and the end: longer than the above and two looks
-_STOP_SECONDS = 20  # launchers kill 30 s after they asked to stop
+_STOP_SHARE = 0.7  # of the time that launchers give a rank to stop
 
 
 class Watchdog:
@@ -102,8 +103,9 @@ class Watchdog:
         if not self._look_until(lambda: self._stop.requested is not None, ended):
             return
         asked_at = time.monotonic()
-        if self._look_until(lambda: self._seconds_still(asked_at) >= _STOP_SECONDS, ended):
-            self._tell_unheard()
+        patience = _STOP_SHARE * seconds_to_stop()
+        if self._look_until(lambda: self._seconds_still(asked_at) >= patience, ended):
+            self._tell_unheard(patience)
             self._look_until(lambda: False, ended)
 
     def _look_until(self, condition: Callable[[], bool], ended: threading.Event) -> bool:
@@ -140,12 +142,12 @@ class Watchdog:
         time.sleep(_LINGER_SECONDS)
         os._exit(HUNG)
 
-    def _tell_unheard(self) -> None:
+    def _tell_unheard(self, patience: float) -> None:
         self._tell(
             f"warning: rank {self.rank} got {self._stop.requested} and has stood in {self._last_beat[1]} for "
-            f"{_STOP_SECONDS} s since; launchers kill it after 30 s. The stacks of its threads follow, also "
-            f"in {self.stacks_path}. If it only needs longer to save, set TORCH_ELASTIC_SHUTDOWN_TIMEOUT to "
-            "more seconds in the environment of the launcher"
+            f"{patience:g} s since; a launcher kills it after {seconds_to_stop()} s. The stacks of its "
+            f"threads follow, also in {self.stacks_path}. If it only needs longer to save, set "
+            "TORCH_ELASTIC_SHUTDOWN_TIMEOUT to more seconds in the environment of the launcher"
         )
 
     def _tell(self, message: str) -> None:

@@ -1,3 +1,4 @@
+import os
 import time
 from typing import Any
 
@@ -6,7 +7,8 @@ import torch.distributed as dist
 from multirank import RanksFailedError, run_ranks
 
 from hetegen_rec.config import ConfigError
-from hetegen_rec.distributed.runtime import DistributedError, start_runtime
+from hetegen_rec.distributed.meeting import MeetingError
+from hetegen_rec.distributed.runtime import DistributedError, LostPeerError, describe_loss, start_runtime
 
 
 def _fail_on_rank_1(rank: int) -> None:
@@ -40,6 +42,76 @@ def test_ranks_agree_and_a_failure_of_one_is_raised_on_all() -> None:
     assert first["error"] == "PeerFailedError: reading footers failed on rank 1: KeyError: 'row group 7'"
     assert first["alive"]
     assert second["alive"]
+
+
+def _restarted_on_one_host() -> tuple[str, int]:
+    """Rank 1 stands on a host that was added to the job after the first restart."""
+    rank = int(os.environ["RANK"])
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(1 - rank)
+    os.environ["TORCHELASTIC_RUN_ID"] = "job-7"
+    with start_runtime("cpu", timeout_seconds=20) as runtime:
+        return runtime.job_id, runtime.restart_count
+
+
+def test_ranks_agree_on_restarts_although_hosts_count_their_own() -> None:
+    assert run_ranks(2, _restarted_on_one_host) == [("job-7", 1), ("job-7", 1)]
+
+
+def _unnamed() -> str:
+    os.environ["TORCHELASTIC_RUN_ID"] = "none"
+    with start_runtime("cpu", timeout_seconds=20) as runtime:
+        return runtime.job_id
+
+
+def test_a_job_without_a_name_is_no_other_one() -> None:
+    first, second = run_ranks(2, _unnamed)
+    assert first == second
+    assert run_ranks(1, _unnamed) != [first]
+
+
+def _meet_nobody() -> str:
+    os.environ["WORLD_SIZE"] = "3"
+    try:
+        with start_runtime("cpu", timeout_seconds=2 - 60):  # a minute is added
+            return ""
+    except LostPeerError as error:
+        return str(error)
+
+
+def test_ranks_that_do_not_come_are_no_traceback() -> None:
+    (told,) = run_ranks(1, _meet_nobody)
+    assert told.startswith("the ranks of the job did not come together: ")
+    assert "1/3" in told
+
+
+GLOO = "[/a/gloo/transport/tcp/"
+
+
+@pytest.mark.parametrize(
+    ("error", "loss"),
+    [
+        (
+            RuntimeError(
+                f"{GLOO}pair.cc:5] Connection closed by peer [::1]:3. This is typically caused by a"
+            ),
+            "Connection closed by peer [::1]:3",
+        ),
+        (
+            RuntimeError(f"{GLOO}unbound_buffer.cc:81] Timed out waiting 20000ms for recv operation"),
+            "Timed out waiting 20000ms for recv operation",
+        ),
+        (
+            RuntimeError(f"Gloo connectFullMesh failed with {GLOO}pair.cc:1] Connection refused"),
+            "Connection refused",
+        ),
+        (dist.DistNetworkError("the server is gone"), "the server is gone"),
+        (MeetingError("rank 0 did not answer"), "rank 0 did not answer"),
+        (RuntimeError("shapes do not fit: [3] and [4]"), None),
+        (ValueError("unknown field"), None),
+    ],
+)
+def test_loss_of_a_rank_is_told_from_other_errors(error, loss) -> None:
+    assert describe_loss(error) == loss
 
 
 def _never_end() -> None:
