@@ -51,6 +51,8 @@ class Job:
     """Where predictions go; default: beside the stage's checkpoints."""
     fresh: bool = False
     """Train anew and replace what earlier attempts left, instead of going on with it."""
+    accept_changes: bool = False
+    """Go on with an earlier attempt also where settings differ that say how to train."""
 
 
 def prepare_data(job: Job) -> None:
@@ -110,7 +112,10 @@ def demo(job: Job) -> None:
 def _train(job: Job, stage: Stage) -> bool:
     """Trains a stage and evaluates it, whatever of it is not done yet; returns whether it is finished."""
     with _alone(job, stage):
-        if not stages.run_stage(job.config, stage, job.runtime, fresh=job.fresh):
+        finished = stages.run_stage(
+            job.config, stage, job.runtime, fresh=job.fresh, accept_changes=job.accept_changes
+        )
+        if not finished:
             return False
         if stage in _CLICK_STAGES and not _is_evaluated(job, stage):
             _evaluate(replace(job, stage=stage, checkpoint=None))
@@ -199,7 +204,7 @@ def _load_trained(job: Job) -> Trained:
             f"{checkpoints.store.location} holds no checkpoint; train that stage first: `hetegen {stage}`"
         )
     model = build_sharded(config, stage, statistics, runtime)
-    checkpoints.load(chosen, model.dmp)
+    stages.load_checkpoint(config, checkpoints, chosen, statistics, model)
     return Trained(config, runtime, stage, chosen, model.dmp, statistics)
 
 

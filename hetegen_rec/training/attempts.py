@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,13 @@ _FIXED = (
     "data.shuffle",
     "data.shuffle_rows",
     "train.batch_size",
-    "train.precision",
     "train.table_optimizer",
 )
-"""What decides about the weights besides the stage's own section; it may not change within a stage."""
+"""What a stage cannot change on its way: model, optimizer state or reader would not fit any more."""
+_TUNED = ("train.precision",)
+"""What it can, with the stage's own section, if that is wanted."""
 _BUDGET = ("epochs", "patience")
-"""Keys of a stage that may: they say how long to train."""
+"""Keys of that section that may change freely: they say how long to train."""
 
 
 def begin_attempt(config: RunConfig, stage: Stage) -> None:
@@ -62,23 +64,33 @@ def is_done(config: RunConfig, stage: Stage) -> bool:
     return budgets[0] == budgets[1] and not _changes(earlier, config, stage)
 
 
-def check_attempt(config: RunConfig, stage: Stage) -> None:
+def check_attempt(config: RunConfig, stage: Stage, *, accept_changes: bool = False) -> None:
     """Refuses to go on with what another configuration has begun.
 
+    Args:
+        config: the run.
+        stage: which one.
+        accept_changes: whether settings may differ that say how to train, such as learning rates.
+
     Raises:
-        ConfigError: naming what has changed.
+        ConfigError: naming what has changed, and what to do.
     """
     directory = config.stage_dir(stage)
     earlier = _earlier_config(directory)
     if earlier is None:
         return
     changes = _changes(earlier, config, stage)
-    if changes:
-        shown = "; ".join(changes[:4]) + (f"; and {len(changes) - 4} more" if len(changes) > 4 else "")
-        raise ConfigError(
-            f"{directory} holds a stage trained with another configuration: {shown}. Restore that, set "
-            "another `run_dir`, or replace the earlier stage with --fresh"
-        )
+    fixed = [key for key in changes if _is_below(key, _FIXED)]
+    if not changes or (accept_changes and not fixed):
+        return
+    named = fixed if accept_changes else list(changes)
+    shown = "; ".join(changes[key] for key in named[:4])
+    more = f"; and {len(named) - 4} more" if len(named) > 4 else ""
+    way_on = "" if fixed else "go on with the new values by --accept-changes, "
+    raise ConfigError(
+        f"{directory} holds a stage trained with another configuration: {shown}{more}. Restore that, {way_on}"
+        "set another `run_dir`, or replace the earlier stage with --fresh"
+    )
 
 
 def _earlier_config(directory: Path) -> RunConfig | None:
@@ -94,25 +106,20 @@ def _earlier_config(directory: Path) -> RunConfig | None:
         ) from error
 
 
-def _changes(earlier: RunConfig, now: RunConfig, stage: Stage) -> list[str]:
-    before, after = _what_decides(earlier, stage), _what_decides(now, stage)
-    return [
-        f"`{key}` was {before.get(key)}, is {after.get(key)}"
-        for key in sorted({*before, *after})
-        if before.get(key) != after.get(key)
-    ]
-
-
-def _what_decides(config: RunConfig, stage: Stage) -> dict[str, Any]:
-    """Values by dotted key."""
-    values = _flat(config.model_dump(mode="json"))
+def _changes(earlier: RunConfig, now: RunConfig, stage: Stage) -> dict[str, str]:
+    """What has changed of that which decides about the weights, by dotted key, in words."""
+    before, after = _flat(earlier.model_dump(mode="json")), _flat(now.model_dump(mode="json"))
     own = f"stages.{stage}"
     free = {f"{own}.{key}" for key in _BUDGET}
     return {
-        key: value
-        for key, value in values.items()
-        if key not in free and any(f"{key}.".startswith(f"{prefix}.") for prefix in (*_FIXED, own))
+        key: f"`{key}` was {before.get(key)}, is {after.get(key)}"
+        for key in sorted({*before, *after} - free)
+        if before.get(key) != after.get(key) and _is_below(key, (*_FIXED, *_TUNED, own))
     }
+
+
+def _is_below(key: str, prefixes: Iterable[str]) -> bool:
+    return any(f"{key}.".startswith(f"{prefix}.") for prefix in prefixes)
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:

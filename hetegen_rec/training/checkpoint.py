@@ -10,6 +10,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, TypeVar, cast
 
 import torch
@@ -20,11 +21,17 @@ from torchrec.distributed import DistributedModelParallel
 from torchrec.optim.keyed import KeyedOptimizer
 
 from hetegen_rec.config.schema import Schema
+from hetegen_rec.data.vocabulary import TableIdentity
 from hetegen_rec.distributed.optimizer_state import canonical_optimizer_state
 from hetegen_rec.distributed.runtime import Runtime
 from hetegen_rec.distributed.sharding import global_shape, tables_in
+from hetegen_rec.models.reconstruction import vocabulary_parameters
 from hetegen_rec.training.checkpoint_store import Store, damaged_files, unsealed
-from hetegen_rec.training.load_plan import GrowingLoadPlanner, optimizer_state_mismatch
+from hetegen_rec.training.load_plan import (
+    GrowingLoadPlanner,
+    grown_parameters,
+    optimizer_state_mismatch,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +59,8 @@ class CheckpointInfo:
     """Ranks that wrote it."""
     tables: dict[str, tuple[int, int]]
     """Rows and columns of every table."""
+    identities: dict[str, TableIdentity]
+    """Which value each row of a table stands for, as far as it was known."""
     optimizer_state: dict[str, tuple[int, ...]]
     """Shape of every tensor of the optimizer's state."""
     best: dict[str, Any] | None
@@ -100,6 +109,7 @@ def read_info(location: str) -> CheckpointInfo:
         fingerprint=values["fingerprint"],
         world_size=values["world_size"],
         tables={name: (rows, dim) for name, (rows, dim) in values["tables"].items()},
+        identities={name: TableIdentity.from_json(known) for name, known in values["identities"].items()},
         optimizer_state={key: tuple(shape) for key, shape in values["optimizer_state"].items()},
         best=values["best"],
         files=values["files"],
@@ -114,16 +124,24 @@ class Checkpoints:
     pickle (PyTorch's `.metadata`): load only those from a place that you trust.
     """
 
-    def __init__(self, location: str, runtime: Runtime, fingerprint: str) -> None:
+    def __init__(
+        self,
+        location: str,
+        runtime: Runtime,
+        fingerprint: str,
+        identities: Mapping[str, TableIdentity] = MappingProxyType({}),
+    ) -> None:
         """Opens a place, which need not exist.
 
         Args:
             location: directory or URL; holds `step-N` directories.
             runtime: this process's view of the job.
             fingerprint: of the schema of the model at hand, see `schema_fingerprint`.
+            identities: by table, which value each of its rows stands for.
         """
         self.store = Store(location)
         self.fingerprint = fingerprint
+        self.identities = dict(identities)
         self._runtime = runtime
 
     def latest(self) -> CheckpointInfo | None:
@@ -182,7 +200,8 @@ class Checkpoints:
     ) -> None:
         """Loads weights into a model, and the optimizer's state where one is given.
 
-        The number of ranks and the plan may differ from those that wrote it.
+        The number of ranks and the plan may differ from those that wrote it. A table may have grown since by
+        new ids behind the old ones: their rows, and those of the heads, stay as they are.
 
         Args:
             info: from `latest`, `best` or `check`.
@@ -200,16 +219,18 @@ class Checkpoints:
             own = optimizer.state_dict()
             state["optimizer"] = canonical_optimizer_state(own)
             shapes = shapes_over_ranks(state["optimizer"], self._runtime)
-        _check_tables(info, tables, self.fingerprint)
+        self._check_tables(info, tables)
+        stored_rows = {name: rows for name, (rows, _) in info.tables.items()}
+        grown = grown_parameters(state["model"], vocabulary_parameters(model.module), stored_rows)
         if optimizer is not None:
-            mismatch = optimizer_state_mismatch(info.optimizer_state, shapes, grown={})
+            mismatch = optimizer_state_mismatch(info.optimizer_state, shapes, grown)
             if mismatch:
                 raise CheckpointError(f"{info.location}: {mismatch}")
         try:
             load_shards(
                 state,
                 storage_reader=Store(info.location).reader(),
-                planner=GrowingLoadPlanner(grown={}),
+                planner=GrowingLoadPlanner(grown),
                 process_group=self._runtime.host_group,
             )
         except CheckpointException as error:
@@ -220,6 +241,36 @@ class Checkpoints:
         model.load_state_dict(state["model"])
         if optimizer is not None:
             optimizer.load_state_dict(own)
+
+    def _check_tables(self, info: CheckpointInfo, here: Mapping[str, tuple[int, ...]]) -> None:
+        """Refuses tables of another size, unless they have grown, and ids that stand for other values."""
+        differences = [
+            f"table {name} {_size(info.tables.get(name))} there, {_size(here.get(name))} here"
+            for name in sorted({*info.tables, *here})
+            if info.tables.get(name) != here.get(name) and not self._has_grown(name, info, here)
+        ]
+        if not differences and info.fingerprint != self.fingerprint:
+            differences = [
+                f"fingerprint {info.fingerprint} there, {self.fingerprint} here, with equal tables"
+            ]
+        if not differences:
+            differences = [
+                f"the rows of table {name} stand for other values"
+                for name, identity in self.identities.items()
+                if identity != info.identities.get(name) and not self._has_grown(name, info, here)
+            ]
+        if differences:
+            raise CheckpointError(
+                f"{info.location}: checkpoint of another schema or of other data: {'; '.join(differences)}. "
+                "Use the configuration and the prepared data that it was trained with, or prepare newer data "
+                "with `data.extend`, which keeps the ids"
+            )
+
+    def _has_grown(self, table: str, info: CheckpointInfo, here: Mapping[str, tuple[int, ...]]) -> bool:
+        before, now = info.identities.get(table), self.identities.get(table)
+        if before is None or now is None or table not in here:
+            return False
+        return now.grown_from(before) and info.tables[table][1:] == here[table][1:]
 
     def _on_main(self, read: Callable[[], T]) -> T:
         """What rank 0 finds in the store, on every rank; its errors too."""
@@ -280,21 +331,6 @@ def _tensor_shapes(state: Mapping[str, Any], prefix: str = "") -> dict[str, tupl
         elif isinstance(value, torch.Tensor | ShardedTensor):
             shapes[path] = global_shape(value)
     return shapes
-
-
-def _check_tables(info: CheckpointInfo, here: Mapping[str, tuple[int, ...]], fingerprint: str) -> None:
-    differences = [
-        f"table {name} {_size(info.tables.get(name))} there, {_size(here.get(name))} here"
-        for name in sorted({*info.tables, *here})
-        if info.tables.get(name) != here.get(name)
-    ]
-    if not differences and info.fingerprint != fingerprint:
-        differences = [f"fingerprint {info.fingerprint} there, {fingerprint} here, with equal tables"]
-    if differences:
-        raise CheckpointError(
-            f"{info.location}: checkpoint of another schema: {'; '.join(differences)}. Use the configuration "
-            "and the prepared data that it was trained with"
-        )
 
 
 def _size(shape: tuple[int, ...] | None) -> str:

@@ -71,7 +71,7 @@ class CheckpointWriter:
             failed_writes_allowed: writes in a row that may fail.
         """
         self._store = checkpoints.store
-        self._fingerprint = checkpoints.fingerprint
+        self._fingerprint, self._identities = checkpoints.fingerprint, checkpoints.identities
         group = dist.new_group(backend="gloo", timeout=_WRITING_LIMIT)
         self._background = replace(runtime, host_group=group)
         self._keep = keep
@@ -194,6 +194,7 @@ class CheckpointWriter:
             "fingerprint": self._fingerprint,
             "world_size": ranks.world_size,
             "tables": {name: list(global_shape(value)) for name, value in tables_in(state["model"]).items()},
+            "identities": {table: identity.as_json() for table, identity in self._identities.items()},
             "optimizer_state": shapes_over_ranks(state["optimizer"], ranks),
             "best": None if best is None else asdict(best),
             "files": {file: about for part in ranks.gather(writer.files) for file, about in part.items()},

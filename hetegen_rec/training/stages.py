@@ -18,6 +18,7 @@ from hetegen_rec.distributed.optimizers import make_optimizer
 from hetegen_rec.distributed.runtime import Runtime
 from hetegen_rec.distributed.signals import StopRequest
 from hetegen_rec.distributed.watchdog import Watchdog
+from hetegen_rec.models.reconstruction import check_growth
 from hetegen_rec.training.attempts import begin_attempt, check_attempt, clear_attempt, end_attempt, is_done
 from hetegen_rec.training.checkpoint import CheckpointError, CheckpointInfo, Checkpoints, schema_fingerprint
 from hetegen_rec.training.checkpoint_writer import CheckpointWriter
@@ -39,7 +40,14 @@ def prepare_data(config: RunConfig, runtime: Runtime) -> Statistics:
         return prepare(config, runtime, progress)
 
 
-def run_stage(config: RunConfig, stage: Stage, runtime: Runtime, *, fresh: bool = False) -> bool:
+def run_stage(
+    config: RunConfig,
+    stage: Stage,
+    runtime: Runtime,
+    *,
+    fresh: bool = False,
+    accept_changes: bool = False,
+) -> bool:
     """Trains one stage to its end, from where an earlier attempt left it.
 
     Args:
@@ -48,6 +56,7 @@ def run_stage(config: RunConfig, stage: Stage, runtime: Runtime, *, fresh: bool 
         runtime: this process's view of the job.
         fresh: start anew and replace what earlier attempts left, also where the stage was finished. A group
             of ranks that the launcher started again goes on all the same.
+        accept_changes: go on also where settings differ that say how to train, such as learning rates.
 
     Returns:
         Whether the stage is finished; it is not where the job was asked to stop.
@@ -58,7 +67,7 @@ def run_stage(config: RunConfig, stage: Stage, runtime: Runtime, *, fresh: bool 
     if runtime.broadcast(done):
         logger.info("%s is done already in %s", stage, config.stage_dir(stage))
         return True
-    with open_trainer(config, stage, runtime, fresh=fresh) as trainer:
+    with open_trainer(config, stage, runtime, fresh=fresh, accept_changes=accept_changes) as trainer:
         finished = trainer.run()
     with runtime.together("finishing the stage"):
         if finished and runtime.is_main:
@@ -73,7 +82,12 @@ def run_stage(config: RunConfig, stage: Stage, runtime: Runtime, *, fresh: bool 
 
 @contextmanager
 def open_trainer(
-    config: RunConfig, stage: Stage, runtime: Runtime, *, fresh: bool = False
+    config: RunConfig,
+    stage: Stage,
+    runtime: Runtime,
+    *,
+    fresh: bool = False,
+    accept_changes: bool = False,
 ) -> Iterator[Trainer]:
     """Context with the trainer of one stage before its first step of this attempt. A collective.
 
@@ -89,7 +103,7 @@ def open_trainer(
     with runtime.together("checking the configuration"):
         _check_batch(config, runtime)
         if runtime.is_main and not fresh:
-            check_attempt(config, stage)
+            check_attempt(config, stage, accept_changes=accept_changes)
     statistics = prepare_data(config, runtime)
     model = build_sharded(config, stage, statistics, runtime)
     optimizer = make_optimizer(
@@ -105,7 +119,7 @@ def open_trainer(
     checkpoints = open_checkpoints(config, stage, statistics, runtime)
     newest = None if fresh else checkpoints.latest()
     if newest is not None:
-        checkpoints.load(newest, model.dmp, optimizer)
+        load_checkpoint(config, checkpoints, newest, statistics, model, optimizer)
         state = _state_of(newest, statistics, readers[0])
         logger.info("%s goes on from %s", stage, newest.location)
     else:
@@ -145,8 +159,30 @@ def open_checkpoints(
     return Checkpoints(
         config.checkpoints_dir(stage),
         runtime,
-        f"{schema_fingerprint(config.features)}-{statistics.fingerprint[:16]}",
+        schema_fingerprint(config.features),
+        statistics.table_identities,
     )
+
+
+def load_checkpoint(
+    config: RunConfig,
+    checkpoints: Checkpoints,
+    info: CheckpointInfo,
+    statistics: Statistics,
+    model: ShardedModel,
+    optimizer: KeyedOptimizer | None = None,
+) -> None:
+    """Loads a checkpoint, whose tables may have grown since, as long as no field needs another head for it.
+
+    Raises:
+        CheckpointError, ConfigError: it does not fit; see `Checkpoints.load`.
+    """
+    owners = [field.name for field in config.features.table_owners]
+    rows = {name: statistics.table_rows(name) for name in owners}
+    stored = {name: info.tables[name][0] for name in owners if name in info.tables}
+    if stored.keys() == rows.keys():
+        check_growth(config.features, stored, rows, config.model.reconstruction)
+    checkpoints.load(info, model.dmp, optimizer)
 
 
 def _state_of(newest: CheckpointInfo, statistics: Statistics, reader: Reader) -> StageState:
@@ -181,7 +217,7 @@ def _load_start(
         checkpoints = open_checkpoints(config, stage, statistics, runtime)
         info = checkpoints.check(named)
     continues = info.metadata["stage"] == stage
-    checkpoints.load(info, model.dmp, optimizer if continues else None)
+    load_checkpoint(config, checkpoints, info, statistics, model, optimizer if continues else None)
     logger.info("%s starts from the weights%s of %s", stage, " and optimizers" * continues, info.location)
 
 
