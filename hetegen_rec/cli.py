@@ -26,8 +26,10 @@ from hetegen_rec.evaluation.errors import EvaluationError
 from hetegen_rec.jobs import Job
 from hetegen_rec.launching.exit_codes import FAILED, LOST_PEER
 from hetegen_rec.launching.relaunch import relaunch
+from hetegen_rec.locks import LockedError
 from hetegen_rec.terminal import quiet_libraries, show_log
 from hetegen_rec.training.checkpoint import CheckpointError
+from hetegen_rec.training.guard import NonFiniteError
 
 DEFAULT_CONFIG = "configs/movielens_100k.yaml"
 
@@ -37,6 +39,8 @@ USER_ERRORS = (
     DataError,
     DistributedError,
     EvaluationError,
+    LockedError,
+    NonFiniteError,
     PlanningError,
     SourceError,
 )
@@ -113,7 +117,13 @@ def _parser_of(verb: str) -> argparse.ArgumentParser:
         "checkpoint (default: never)",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.max_steps=4")
-    parser.set_defaults(stage=None, checkpoint=None, split="test", input=[], output=None)
+    parser.set_defaults(stage=None, checkpoint=None, split="test", input=[], output=None, fresh=False)
+    if verb in ("pretrain", "finetune", "joint", "scratch", "demo"):
+        parser.add_argument(
+            "--fresh",
+            action="store_true",
+            help="train anew and replace what earlier attempts left, instead of going on with it",
+        )
     if verb in ("evaluate", "predict"):
         _add_model_options(parser)
     if verb == "predict":
@@ -156,11 +166,12 @@ def _run(verb: str, options: argparse.Namespace) -> int:
             job = Job(
                 config,
                 runtime,
-                options.stage,
-                options.checkpoint,
-                options.split,
-                options.input,
-                options.output,
+                stage=options.stage,
+                checkpoint=options.checkpoint,
+                split=options.split,
+                inputs=options.input,
+                output=options.output,
+                fresh=options.fresh,
             )
             with show_log(runtime.rank):
                 return _run_job(VERBS[verb][0], job)

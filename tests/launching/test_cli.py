@@ -56,12 +56,20 @@ def test_options_reach_the_job(config, seen):
     )
 
 
+@pytest.mark.parametrize("verb", ["pretrain", "finetune", "joint", "scratch", "demo"])
+def test_training_starts_anew_only_if_asked(verb, config, seen):
+    assert cli.main([verb, "--config", config]) == 0
+    assert cli.main([verb, "--config", config, "--fresh"]) == 0
+    assert [job.fresh for job in seen] == [False, True]
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         ([], "VERB"),
         (["train"], "invalid choice: 'train'"),
         (["pretrain", "--stage", "joint"], "unrecognized arguments: --stage"),
+        (["evaluate", "--fresh"], "unrecognized arguments: --fresh"),
         (["predict", "--split", "holdout"], "invalid choice: 'holdout'"),
     ],
 )
