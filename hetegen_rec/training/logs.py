@@ -72,7 +72,7 @@ def _lines_until(path: Path, step: int) -> Iterator[str]:
     """The lines of a log that tell of steps up to one; a line that a kill cut off is dropped."""
     if not path.exists():
         return
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         try:
             told = json.loads(line)["step"]
         except (ValueError, KeyError, TypeError):
