@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hetegen_rec.training.logs import RunLog
@@ -18,7 +19,7 @@ LINE = {
 
 
 def test_every_number_of_a_line_is_a_curve_with_a_name_that_says_what_it_is(tmp_path):
-    with RunLog(tmp_path, enabled=True, tensorboard=True) as log:
+    with RunLog(tmp_path, 0, enabled=True, tensorboard=True) as log:
         log.write("train", 10, LINE)
         log.write("evaluation", 10, {"epoch": 0.5, "split": "valid", "auc": 0.75})
     curves = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
@@ -42,6 +43,47 @@ def test_every_number_of_a_line_is_a_curve_with_a_name_that_says_what_it_is(tmp_
 
 
 def test_other_ranks_write_nothing(tmp_path):
-    with RunLog(tmp_path / "stage", enabled=False, tensorboard=True) as log:
+    with RunLog(tmp_path / "stage", 0, enabled=False, tensorboard=True) as log:
         log.write("train", 10, LINE)
     assert not list(tmp_path.iterdir())
+
+
+def steps_in(path):
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+def test_an_attempt_that_goes_on_drops_what_the_one_before_wrote_of_later_steps(tmp_path):
+    with RunLog(tmp_path, 0, enabled=True, tensorboard=True) as log:
+        for step in range(10, 51, 10):
+            log.write("train", step, {"loss": 1.0})
+    with RunLog(tmp_path, 30, enabled=True, tensorboard=True) as log:
+        assert steps_in(tmp_path / "log.jsonl") == [10, 20, 30]
+        log.write("train", 40, {"loss": 2.0})
+    assert steps_in(tmp_path / "log.jsonl") == [10, 20, 30, 40]
+    curves = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(point.step, point.value) for point in curves.Scalars("train/loss")] == [
+        (10, 1.0),
+        (20, 1.0),
+        (30, 1.0),
+        (40, 2.0),
+    ]
+
+
+CUT_OFF = {
+    "in the middle of a line": '{"event": "train", "step": 20, "lo',
+    "in the middle of a number": '{"event": "train", "step": 2',
+    "behind a line": "",
+    "no object": "[1, 2]\n",
+    "no step": '{"event": "train"}\n',
+    "what a crashed host left": "\0\udcff" * 100,
+}
+
+
+@pytest.mark.parametrize("rest", CUT_OFF.values(), ids=CUT_OFF)
+def test_a_line_that_a_kill_cut_off_is_dropped(rest, tmp_path):
+    path = tmp_path / "log.jsonl"
+    text = json.dumps({"event": "train", "step": 10}) + "\n" + rest
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    with RunLog(tmp_path, 20, enabled=True, tensorboard=False) as log:
+        log.write("train", 30, {"loss": 1.0})
+    assert steps_in(path) == [10, 30]
