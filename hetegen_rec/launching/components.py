@@ -1,8 +1,9 @@
 """Components for `torchx run`, registered under `dist` in place of torchx's own.
 
-`dist.ddp` differs from the built-in one of torchx in three ways: the script may stand as the first
+`dist.ddp` differs from the built-in one of torchx in four ways: the script may stand as the first
 positional argument, as in `torchx run dist.ddp -j 2x8 launch/pretrain.py key=value`; two jobs on one
-host do not meet on one fixed port; and a replica asks for memory that a sharded job can live in.
+host do not meet on one fixed port; a replica asks for memory that a sharded job can live in; and torchrun
+may start ranks again, on the hosts that are there, and passes Slurm's early notice on to them.
 """
 
 # ruff: noqa: UP006, UP035, UP045 - torchx parses these annotations and knows the old spelling only.
@@ -15,6 +16,14 @@ from torchx.components import dist
 from torchx.specs.finder import ComponentValidationException
 
 from hetegen_rec.launching.ports import choose_port
+
+# Where torchrun looks for its options when the command line is silent about them.
+_MAX_RESTARTS = "PET_MAX_RESTARTS"
+_SIGNALS = {"PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"}
+
+# With a store that torchrun shares between attempts, a host that joins later waits for an address in vain,
+# and a rank that starts early finds dead ones (pytorch/pytorch#135712).
+_NEW_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
 def ddp(
@@ -30,6 +39,7 @@ def ddp(
     j: str = "1x2",
     env: Optional[Dict[str, str]] = None,
     max_retries: int = 0,
+    max_restarts: int = 0,
     rdzv_port: int = 0,
     rdzv_backend: str = "c10d",
     mounts: Optional[List[str]] = None,
@@ -50,9 +60,10 @@ def ddp(
         cpu: cores of a replica (a host)
         gpu: GPUs of a replica
         memMB: memory of a replica in MB
-        j: [{min_hosts}:]{hosts}x{processes per host}
+        j: [{min_hosts}:]{hosts}x{processes per host}; with min_hosts, hosts may go and join while it runs
         env: environment variables of the job, as K1=V1,K2=V2; OMP_NUM_THREADS is 1 unless given here
-        max_retries: times that the scheduler may restart the job
+        max_retries: times that the scheduler may start the whole job again
+        max_restarts: times that torchrun may start the processes again when one fails, within the job
         rdzv_port: port on the first host where the hosts meet; 0 chooses one that is free on this
             machine. Set it where a firewall between hosts opens certain ports only.
         rdzv_backend: how the hosts meet
@@ -70,7 +81,7 @@ def ddp(
         script = arguments.pop(0)
         if arguments[:1] == ["--"]:
             arguments.pop(0)
-    env = dict(env or {})
+    env = {**_SIGNALS, **_NEW_STORE, _MAX_RESTARTS: str(max_restarts), **(env or {})}
     if dist.parse_nnodes(j)[2] > 1:
         # The value that torchrun would choose itself, without its warning on every host.
         env.setdefault("OMP_NUM_THREADS", "1")

@@ -103,6 +103,19 @@ def test_given_environment_wins_over_the_default():
     assert "OMP_NUM_THREADS" not in build("-j", "1x1", "job.py").roles[0].env
 
 
+def test_restarts_are_torchruns_and_not_the_schedulers():
+    role = build("-j", "1:2x1", "--max_restarts", "3", "job.py").roles[0]
+    assert (role.env["PET_MAX_RESTARTS"], role.max_retries) == ("3", 0)
+    assert build("-j", "1x2", "job.py").roles[0].env["PET_MAX_RESTARTS"] == "0"
+
+
+@pytest.mark.parametrize(
+    "name", ["PET_SIGNALS_TO_HANDLE", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "PET_MAX_RESTARTS"]
+)
+def test_settings_of_torchrun_may_be_given_too(name):
+    assert build("-j", "1x2", "--env", f"{name}=given", "job.py").roles[0].env[name] == "given"
+
+
 def test_chosen_port_is_free_and_no_port_of_outgoing_connections(monkeypatch):
     busy = []
 
