@@ -137,7 +137,9 @@ def timestamps(table: pa.Table, schema: Schema, where: str) -> npt.NDArray[np.in
     try:
         times: npt.NDArray[np.int64] = array.cast(pa.int64()).fill_null(0).to_numpy(zero_copy_only=False)
     except pa.ArrowInvalid as error:
-        raise BadRowsError(f"{where}: timestamp column {schema.timestamp!r}: {error}") from error
+        raise BadRowsError(
+            f"{where}: timestamp column {schema.timestamp!r}: {error}; write times as signed 64-bit integers"
+        ) from error
     return times
 
 
