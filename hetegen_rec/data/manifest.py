@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -104,7 +105,7 @@ def _stamp(path: str) -> list[str | int]:
     """Name, size and time of change; a file that is not there is found out when it is read."""
     try:
         if "://" not in path:
-            status = Path(path).stat()
+            status = os.stat(path)
             return [path, status.st_size, status.st_mtime_ns]
         filesystem, inner = fsspec.core.url_to_fs(path)
         info = filesystem.info(inner)

@@ -1,5 +1,8 @@
 import os
+import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +16,7 @@ from hetegen_rec.config import ConfigError, RunConfig, Schema
 from hetegen_rec.data.prepare import prepare, read_statistics
 from hetegen_rec.data.raw import DataError
 from hetegen_rec.data.statistics import Statistics
+from hetegen_rec.locks import directory_lock
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 
@@ -203,6 +207,29 @@ def test_what_a_killed_run_left_does_not_leak_into_the_next(raw) -> None:
     (raw / ".prepared.partial" / "train" / "part-99999-00000.parquet").write_bytes(b"half")
     prepare(config_for(raw), Alone())
     assert encoded(raw, "train").num_rows == 140
+
+
+def test_a_job_waits_for_another_one_that_prepares_the_same(raw, monkeypatch, caplog) -> None:
+    monkeypatch.setattr("hetegen_rec.data.prepare._SECONDS_BETWEEN_TRIES", 0.01)
+    config = config_for(raw)
+    results: list[Any] = []
+    jobs = [
+        threading.Thread(target=lambda: results.extend(World(2).run(lambda rank: prepare(config, rank))))
+        for _ in range(2)
+    ]
+    with caplog.at_level("INFO"):
+        with directory_lock(raw / "prepared"):
+            for job in jobs:
+                job.start()
+            while caplog.text.count("waiting for another job") < 2:
+                assert all(job.is_alive() for job in jobs)
+                time.sleep(0.01)
+            assert not (raw / "prepared").exists()
+        for job in jobs:
+            job.join(30)
+    assert f"in use by process {os.getpid()} on" in caplog.text
+    assert caplog.text.count("counting train:") == 1
+    assert [result.num_rows for result in results] == [140] * 4
 
 
 def test_a_directory_that_prepare_did_not_write_is_not_replaced(raw) -> None:
