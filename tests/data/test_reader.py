@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hetegen_rec.config.errors import ConfigError
 from hetegen_rec.data.cursor import Cursor, Served
 from hetegen_rec.data.raw import DataError
+from hetegen_rec.data.reader import _steps
 
 START = Cursor()
 
@@ -238,6 +239,26 @@ def test_rows_encoded_while_reading_make_the_same_batches(tmp_path):
 def test_a_batch_that_lanes_cannot_share_is_an_error(shards):
     with pytest.raises(ConfigError, match=r"batch of 8 rows.*3 lanes.*train\.batch_size"):
         open_shards(shards, num_lanes=3)
+
+
+def test_no_piece_of_a_lane_is_asked_for_before_a_step_needs_it():
+    sizes = {0: [7, 1, 1, 20, 11], 1: [1, 30, 9], 2: [13, 13, 14]}
+    starts = sorted((sum(sizes[lane][:i]), lane, size) for lane in sizes for i, size in enumerate(sizes[lane]))
+    asked = []
+
+    def pieces():
+        for start, lane, size in starts:
+            asked.append(start)
+            yield lane, pa.table({"row": [100 * lane + start + i for i in range(size)]})
+
+    steps = []
+    for step in _steps(pieces(), range(3), 6):
+        steps.append([rows["row"].to_pylist() for rows in step])
+        assert max(asked) < 6 * len(steps)
+    for lane in range(3):
+        rows = [row for step in steps for row in step[lane]]
+        assert rows == list(range(100 * lane, 100 * lane + 40))
+    assert [len(step[0]) for step in steps] == [6] * 6 + [4]
 
 
 def wait_for_threads(before):
