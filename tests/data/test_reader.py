@@ -243,7 +243,9 @@ def test_a_batch_that_lanes_cannot_share_is_an_error(shards):
 
 def test_no_piece_of_a_lane_is_asked_for_before_a_step_needs_it():
     sizes = {0: [7, 1, 1, 20, 11], 1: [1, 30, 9], 2: [13, 13, 14]}
-    starts = sorted((sum(sizes[lane][:i]), lane, size) for lane in sizes for i, size in enumerate(sizes[lane]))
+    starts = sorted(
+        (sum(sizes[lane][:i]), lane, size) for lane in sizes for i, size in enumerate(sizes[lane])
+    )
     asked = []
 
     def pieces():
