@@ -123,7 +123,7 @@ class Reader:
 
         Args:
             cursor: `Cursor(epoch)`, or where to go on: the `cursor` of the last batch that was used.
-                It must come from the same rows, seed and shuffle.
+                It must come from the same rows, `seed`, `shuffle` and `shuffle_rows`.
 
         Raises:
             DataError: the cursor lies behind the end of the rows; from the iterator, where rows cannot
