@@ -1,6 +1,7 @@
 """`hetegen VERB --config FILE key=value ...`: every verb of the project as one command."""
 
 import argparse
+import errno
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -45,6 +46,9 @@ USER_ERRORS = (
     SourceError,
 )
 """Errors whose message is enough for the person who sees it; a traceback would only hide it."""
+
+_STORAGE_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR)
+"""What the system says of a place where nothing can be written; its message names the file."""
 
 Verb = Callable[[Job], None]
 
@@ -117,18 +121,29 @@ def _parser_of(verb: str) -> argparse.ArgumentParser:
         "checkpoint (default: never)",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.max_steps=4")
-    parser.set_defaults(stage=None, checkpoint=None, split="test", input=[], output=None, fresh=False)
+    parser.set_defaults(stage=None, checkpoint=None, split="test", input=[], output=None)
+    parser.set_defaults(fresh=False, accept_changes=False)
     if verb in ("pretrain", "finetune", "joint", "scratch", "demo"):
-        parser.add_argument(
-            "--fresh",
-            action="store_true",
-            help="train anew and replace what earlier attempts left, instead of going on with it",
-        )
+        _add_training_options(parser)
     if verb in ("evaluate", "predict"):
         _add_model_options(parser)
     if verb == "predict":
         _add_row_options(parser)
     return parser
+
+
+def _add_training_options(parser: argparse.ArgumentParser) -> None:
+    earlier = parser.add_mutually_exclusive_group()
+    earlier.add_argument(
+        "--fresh",
+        action="store_true",
+        help="train anew and replace what earlier attempts left, instead of going on with it",
+    )
+    earlier.add_argument(
+        "--accept-changes",
+        action="store_true",
+        help="go on with an earlier attempt although settings that say how to train differ, such as rates",
+    )
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -138,7 +153,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         help="whose model to use (default: the first that is trained, of finetune, joint, scratch)",
     )
     parser.add_argument(
-        "--checkpoint", metavar="DIR", help="one of its `step-N` directories (default: its best)"
+        "--checkpoint", metavar="DIR", help="one of its `step-N` directories, or a URL (default: its best)"
     )
 
 
@@ -172,6 +187,7 @@ def _run(verb: str, options: argparse.Namespace) -> int:
                 inputs=options.input,
                 output=options.output,
                 fresh=options.fresh,
+                accept_changes=options.accept_changes,
             )
             with show_log(runtime.rank):
                 return _run_job(VERBS[verb][0], job)
@@ -190,6 +206,12 @@ def _run_job(verb: Verb, job: Job) -> int:
     except PeerFailedError:
         return LOST_PEER
     except USER_ERRORS as error:
+        if job.runtime.is_first_to_fail():
+            _tell(error)
+        return FAILED
+    except OSError as error:
+        if error.errno not in _STORAGE_ERRORS:
+            raise
         if job.runtime.is_first_to_fail():
             _tell(error)
         return FAILED

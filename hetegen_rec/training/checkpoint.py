@@ -263,7 +263,7 @@ class Checkpoints:
             raise CheckpointError(
                 f"{info.location}: checkpoint of another schema or of other data: {'; '.join(differences)}. "
                 "Use the configuration and the prepared data that it was trained with, or prepare newer data "
-                "with `data.extend`, which keeps the ids"
+                "with `data.keep_ids_of`, which keeps the ids"
             )
 
     def _has_grown(self, table: str, info: CheckpointInfo, here: Mapping[str, tuple[int, ...]]) -> bool:
