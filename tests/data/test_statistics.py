@@ -212,6 +212,14 @@ def histogram(numbers: list[float]) -> Histogram:
     return counted
 
 
+def test_infinities_stay_the_outermost_cells_however_coarse_the_histogram(monkeypatch) -> None:
+    monkeypatch.setattr(accumulators, "MAX_CELLS", 8)
+    starts = histogram([float("inf"), *range(100), float("-inf")]).starts.tolist()
+    assert len(starts) <= 8
+    assert (starts[0], starts[-1]) == (float("-inf"), float("inf"))
+    assert starts == sorted(starts)
+
+
 @settings(deadline=None)
 @given(st.lists(st.floats(allow_nan=False), min_size=1, max_size=60), st.integers(0, 60), st.integers(2, 8))
 def test_histograms_of_too_many_numbers_merge_exactly_and_have_exact_buckets(

@@ -549,6 +549,25 @@ def test_rows_to_be_scored_are_never_left_out(tmp_path):
         encode_files(config, [f"{tmp_path}/test/*.parquet"], tmp_path / "encoded", Alone())
 
 
+def train(config: str) -> int:
+    return main(["scratch", "--config", config])
+
+
+def test_a_stage_trains_on_the_fly_on_what_is_left(tmp_path):
+    write_raw(tmp_path)
+    flip_a_bit(path_of(tmp_path, "train/b"))
+    flip_a_bit(path_of(tmp_path, "valid/a"))
+    values = values_of(tmp_path, encode="on_the_fly", on_bad_shard="skip")
+    values["model"] = {"dim": 8, "denoiser": {"num_layers": 1}, "ctr": {"hidden": [8]}}
+    values["train"] = {"batch_size": 10, "eval_batch_size": 20, "tensorboard": False}
+    values["stages"] = {"scratch": {"epochs": 1}}
+    assert run_ranks(2, train, str(write_config(tmp_path, values))) == [0, 0]
+    (shard,) = read_manifest(tmp_path / "prepared").skipped
+    assert shard.where == f"{path_of(tmp_path, 'train/b')}, row group 1"
+    scored = pq.read_table(tmp_path / "run" / "scratch" / "predictions" / "valid")["row_id"].to_pylist()
+    assert sorted(scored) == [*range(10), *range(20, 40)]
+
+
 def test_of_many_bad_shards_ten_are_told_one_by_one(tmp_path, caplog):
     write_raw(tmp_path)
     for number in range(14):
