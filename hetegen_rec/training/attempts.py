@@ -42,7 +42,12 @@ def begin_attempt(config: RunConfig, stage: Stage) -> None:
 
 def end_attempt(config: RunConfig, stage: Stage, state: StageState) -> None:
     """Notes that the stage is finished."""
-    done = {"steps": state.step, "seconds": round(state.seconds, 1), "skipped_steps": state.skipped_steps}
+    done = {
+        "steps": state.step,
+        "seconds": round(state.seconds, 1),
+        "skipped_steps": state.skipped_steps,
+        "skipped_rows": state.skipped_rows,
+    }
     write_whole(config.stage_dir(stage) / _DONE, json.dumps(done))
 
 

@@ -51,7 +51,7 @@ def build_sharded(config: RunConfig, stage: Stage, statistics: Statistics, runti
         stage_config,
         runtime.device.type,
     )
-    rows_per_rank = config.train.batch_size // runtime.world_size
+    rows_per_rank = rows_per_step(config, runtime) // runtime.world_size
     plan = agree_on_plan(runtime, model, config.distributed, rows_per_rank)
     planned = plan_summary(plan, model)
     network = model.network.to(runtime.device)
@@ -60,6 +60,15 @@ def build_sharded(config: RunConfig, stage: Stage, statistics: Statistics, runti
     # Sharding draws random numbers too; dropout must not depend on the plan, and must differ by rank.
     torch.manual_seed(config.seed + runtime.rank)
     return ShardedModel(dmp, network, planned)
+
+
+def rows_per_step(config: RunConfig, runtime: Runtime) -> int:
+    """Rows of a training step over all ranks: the batch size, or what of it the lanes can share equally.
+
+    So a job that goes on with fewer hosts than it began with is not ended by its batch size.
+    """
+    lanes = config.data.lanes or runtime.world_size
+    return config.train.batch_size // lanes * lanes
 
 
 def open_split(
@@ -81,7 +90,7 @@ def open_split(
         statistics,
         rank=runtime.rank,
         world_size=runtime.world_size,
-        batch_size=config.train.batch_size if train else config.train.eval_batch_size,
+        batch_size=rows_per_step(config, runtime) if train else config.train.eval_batch_size,
         train=train,
         seed=config.seed,
         oov_dropout=config.stage(stage).oov_dropout if stage is not None else 0.0,

@@ -24,7 +24,13 @@ from hetegen_rec.training.checkpoint import CheckpointError, CheckpointInfo, Che
 from hetegen_rec.training.checkpoint_writer import CheckpointWriter
 from hetegen_rec.training.logs import RunLog
 from hetegen_rec.training.progress import RowsProgress
-from hetegen_rec.training.setup import ShardedModel, build_sharded, open_split, plan_table
+from hetegen_rec.training.setup import (
+    ShardedModel,
+    build_sharded,
+    open_split,
+    plan_table,
+    rows_per_step,
+)
 from hetegen_rec.training.state import StageState
 from hetegen_rec.training.trainer import Trainer
 
@@ -243,9 +249,16 @@ def _check_budget(trainer: Trainer) -> None:
 def _check_batch(config: RunConfig, runtime: Runtime) -> None:
     lanes = config.data.lanes or runtime.world_size
     lanes_of(runtime.rank, runtime.world_size, lanes)
-    rows = config.train.batch_size
-    if rows % lanes:
+    wanted, rows = config.train.batch_size, rows_per_step(config, runtime)
+    if rows == 0:
         raise ConfigError(
-            f"train.batch_size: {rows} rows a step cannot be shared equally by {lanes} ranks or lanes; "
-            f"use a multiple of {lanes}, such as {-(-rows // lanes) * lanes}"
+            f"train.batch_size: {wanted} rows a step are too few for {lanes} ranks or lanes; use a multiple "
+            f"of {lanes}"
+        )
+    if rows != wanted and runtime.is_main:
+        logger.warning(
+            "train.batch_size: %d rows cannot be shared equally by %d ranks; steps have %d rows",
+            wanted,
+            lanes,
+            rows,
         )

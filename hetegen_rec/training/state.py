@@ -25,6 +25,8 @@ class StageState:
     """Evaluations since then."""
     skipped_steps: int = 0
     """Steps left out because a loss or gradient was not finite."""
+    skipped_rows: int = 0
+    """Training rows that could not be read and were left out, over all ranks, once for every time."""
     seconds: float = 0.0
     """Time spent training and evaluating, over all attempts."""
 

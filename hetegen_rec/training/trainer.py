@@ -98,6 +98,7 @@ class Trainer:
         self._agreement = Agreement(runtime)
         self._batches: Iterator[Batch] | None = None
         self._segment_end = 0
+        self._num_skips_counted = 0
         self._saved_step = state.step
         self._saved_at = self._timed_at = time.monotonic()
 
@@ -265,7 +266,23 @@ class Trainer:
             state.evaluations_without_gain = 0 if is_best else state.evaluations_without_gain + 1
             progress.note(f"valid AUC {auc:.4f}" + (" (best)" if is_best else ""))
         state.evaluation_due = False
+        self._count_skipped_rows()
         self._save(metrics, Best("auc", state.best_auc) if is_best else None)
+
+    def _count_skipped_rows(self) -> None:
+        """Adds what the readers of all ranks have left out since the last time. A collective."""
+        skipped = self.train_reader.skipped
+        new = sum(rows.num_rows for rows in skipped[self._num_skips_counted :])
+        self._num_skips_counted = len(skipped)
+        total = sum(self.runtime.gather(new))
+        if total:
+            self.state.skipped_rows += total
+            if self.runtime.is_main:
+                logger.warning(
+                    "%d training rows could not be read and were left out, %d so far",
+                    total,
+                    self.state.skipped_rows,
+                )
 
     def _evaluate(self) -> dict[str, Any]:
         """Validation metrics; none in a pre-training that leaves the label out.

@@ -36,7 +36,7 @@ def test_a_stage_is_done_from_its_end_to_the_next_beginning(config):
     assert is_done(config, "joint")
     assert not is_done(config, "scratch")
     done = json.loads((config.stage_dir("joint") / "done.json").read_text())
-    assert done == {"steps": 50, "seconds": 12.3, "skipped_steps": 1}
+    assert done == {"steps": 50, "seconds": 12.3, "skipped_steps": 1, "skipped_rows": 0}
     begin_attempt(config, "joint")
     assert not is_done(config, "joint")
 

@@ -16,6 +16,7 @@ STOOD = StageState(
     best_auc=0.1 + 0.2,
     evaluations_without_gain=2,
     skipped_steps=1,
+    skipped_rows=64,
     seconds=12.5,
 )
 
