@@ -13,9 +13,9 @@ def canonical_optimizer_state(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 
     A sharded table keeps what Adagrad sums up as `<table>.momentum1`, of shape [rows], or [rows, dim] unless
     row-wise. A replicated one keeps it as `sum`, of shape [rows, 1] or [rows, dim], beside a `step` that
-    matters only under a decay of the learning rate, which tables do not have. Plain SGD
-    leaves an empty entry of the one and none of the other: parameters without state are left out. All other
-    state stays as it is; Adam's names differ between the two as well, and are not translated.
+    matters only under a decay of the learning rate, which tables do not have. Plain SGD has an empty entry
+    for the one and none for the other, so parameters without state are left out. All other state stays as it
+    is; Adam's names differ between the two as well, and are not translated.
 
     Args:
         state_dict: of an optimizer from `make_optimizer`.

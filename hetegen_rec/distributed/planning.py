@@ -246,8 +246,8 @@ def _constrain(
 def _default_kinds(table: EmbeddingBagConfig, cluster: Cluster) -> list[str]:
     """What the planner may choose unasked: the kinds that differ for this table, whole tables first.
 
-    Never replication: it would come and go with the number of ranks, and a replicated table's optimizer
-    state does not move to a sharded one.
+    Never replication: it would come and go with the number of ranks, and only the state of Adagrad and SGD
+    moves between replicated and sharded tables.
     """
     kinds = ["table_wise"]
     if cluster.world_size == 1:

@@ -24,6 +24,12 @@ from hetegen_rec.training.load_plan import (
 ITEM = "ebc.embedding_bags.item.weight"
 GROWN = TABLES | {"item": 61}
 ROWS = Growth(TABLES["item"], GROWN["item"])
+READ_AS = {
+    "table_wise": ("table_wise", "row_wise"),
+    "row_wise": ("row_wise",),
+    "data_parallel": ("data_parallel",),
+}
+"""By the sharding that was saved."""
 
 
 def _state(job: Job) -> dict[str, Any]:
@@ -48,53 +54,48 @@ def _item(job: Job) -> tuple[list[Any], list[Any]]:
     return _whole(job, job.model.state_dict()[ITEM]), _whole(job, accumulator)
 
 
-def _write(directory: Path, kind: str) -> dict[str, Any]:
+def _write(directory: Path) -> dict[str, Any]:
+    """By sharding: scores and rows as they were saved."""
+    seen = {}
     with start_runtime("cpu", timeout_seconds=60) as runtime:
-        job = Job(runtime, kind)
-        job.train(2)
-        save(_state(job), checkpoint_id=directory, process_group=runtime.host_group)
-        return {"scores": job.scores(), "item": _item(job)}
-
-
-def _read(directory: Path, kinds: tuple[str, ...]) -> dict[str, Any]:
-    """Loads into models of more items; also scores and rows from before loading."""
-    seen: dict[str, Any] = {}
-    with start_runtime("cpu", timeout_seconds=60) as runtime:
-        for kind in kinds:
-            job = Job(runtime, kind, tables=GROWN)
-            fresh = _item(job)
-            state = _state(job)
-            grown = grown_parameters(state["model"], {}, TABLES)
-            load(state, checkpoint_id=directory, planner=GrowingLoadPlanner(grown))
-            job.model.load_state_dict(state["model"])
-            job.optimizer.load_state_dict(state["optimizer"])
-            seen[kind] = {"scores": job.scores(), "item": _item(job), "fresh": fresh}
+        for kind in READ_AS:
+            job = Job(runtime, kind)
+            job.train(2)
+            save(_state(job), checkpoint_id=directory / kind, process_group=runtime.host_group)
+            seen[kind] = {"scores": job.scores(), "item": _item(job)}
     return seen
 
 
-@pytest.mark.parametrize(
-    ("written_as", "ranks", "kinds"),
-    [
-        ("table_wise", 1, ("table_wise",)),
-        # On 3 ranks the last row-wise shard, rows 42 to 61, holds new rows only.
-        ("table_wise", 3, ("table_wise", "row_wise")),
-        ("row_wise", 3, ("row_wise",)),
-        ("data_parallel", 3, ("data_parallel",)),
-    ],
-)
-def test_stored_rows_are_read_and_new_rows_stay(
-    tmp_path: Path, written_as: str, ranks: int, kinds: tuple[str, ...]
-) -> None:
-    written = run_ranks(2, _write, tmp_path, written_as)[0]
-    for found in run_ranks(ranks, _read, tmp_path, kinds):
-        for of_kind in found.values():
-            assert of_kind["scores"] == pytest.approx(written["scores"], abs=1e-6)
-            weights, accumulators = of_kind["item"]
-            for now, stored, fresh in zip(of_kind["item"], written["item"], of_kind["fresh"], strict=True):
+def _read(directory: Path) -> list[dict[str, Any]]:
+    """Loads into models of more items; also rows from before loading."""
+    seen = []
+    with start_runtime("cpu", timeout_seconds=60) as runtime:
+        for written_as, kinds in READ_AS.items():
+            for kind in kinds:
+                job = Job(runtime, kind, tables=GROWN)
+                fresh = _item(job)
+                state = _state(job)
+                planner = GrowingLoadPlanner(grown_parameters(state["model"], {}, TABLES))
+                load(state, checkpoint_id=directory / written_as, planner=planner)
+                job.model.load_state_dict(state["model"])
+                job.optimizer.load_state_dict(state["optimizer"])
+                seen.append({"from": written_as, "scores": job.scores(), "item": _item(job), "fresh": fresh})
+    return seen
+
+
+def test_stored_rows_are_read_and_new_rows_stay(tmp_path: Path) -> None:
+    written = run_ranks(2, _write, tmp_path)[0]
+    # On 3 ranks the last row-wise shard, rows 42 to 60, holds new rows only.
+    for found in [_read(tmp_path), *run_ranks(3, _read, tmp_path)]:
+        for loaded in found:
+            saved = written[loaded["from"]]
+            assert loaded["scores"] == pytest.approx(saved["scores"], abs=1e-6)
+            for now, stored, fresh in zip(loaded["item"], saved["item"], loaded["fresh"], strict=True):
                 assert now == stored + fresh[ROWS.before :]
-            assert torch.tensor(weights).shape == (ROWS.after, DIM)
-            assert not torch.tensor(accumulators)[ROWS.before :].any()
-            assert torch.tensor(accumulators)[: ROWS.before].any()
+            weights, accumulators = (torch.tensor(rows) for rows in loaded["item"])
+            assert weights.shape == (ROWS.after, DIM)
+            assert accumulators[: ROWS.before].any()
+            assert not accumulators[ROWS.before :].any()
 
 
 @pytest.fixture(scope="module")
