@@ -101,9 +101,10 @@ class DataConfig(Section):
     rows_per_group: PositiveInt = 65_536
     """Rows of a row group in the encoded shards: the unit in which readers fetch."""
     on_bad_shard: Literal["stop", "skip"] = "stop"
-    """What `prepare` does with raw rows that cannot be used, because their file is damaged or they are
-    not what the schema says: `stop` with an error that names the place, or `skip` the whole row group
-    (the whole file, where it is CSV or its footer is bad), counted and reported."""
+    """What becomes of rows that cannot be used, because their file is damaged or they are not what the
+    schema says: `stop` with an error that names the place, or `skip`. Then `prepare` leaves out the whole
+    row group (the whole file, where it is CSV or its footer is bad), and a reader passes over what broke
+    later; both count and report it. Files given to `predict --input` always stop."""
     shuffle: bool = True
     """Shuffle the training rows anew in every epoch."""
     shuffle_rows: PositiveInt = 1_000_000
