@@ -102,33 +102,32 @@ def tell(findings: Sequence[Finding]) -> str:
     telling = [finding for finding in spoilt if finding.row_ids] or spoilt
     first = findings[0]
     return (
-        f"step {first.step} is not finite: {'; '.join(_tell_rank(finding) for finding in telling)}; epoch "
-        f"{first.epoch}, at {first.rows_per_lane:,} rows of every lane"
+        f"step {first.step} is not finite (epoch {first.epoch}, behind {first.rows_per_lane:,} rows of every "
+        f"lane). {'. '.join(_tell_rank(finding) for finding in telling)}"
     )
 
 
 def _tell_rank(finding: Finding) -> str:
-    parts = [f"rank {finding.rank} has a loss of {finding.loss:g}"]
-    parts += _named("in the term", finding.terms)
+    parts = [f"loss {finding.loss:g}"]
+    parts += _named("in the terms", finding.terms)
     parts += _named("in the reconstruction of", finding.fields)
-    if not finding.terms:  # else every gradient follows from the loss
-        parts += _named("gradients of looked-up rows of", finding.gradients)
+    if math.isfinite(finding.loss):  # else every gradient follows from the loss
+        parts += _named("gradients of the looked-up rows of", finding.gradients)
         parts += _named("gradients of the weights", finding.weights)
-    parts += _named("embeddings that are not finite themselves:", finding.embeddings)
+    parts += _named("embeddings that were spoilt before,", finding.embeddings)
     if finding.row_ids:
-        ids = _some([str(row) for row in finding.row_ids])
-        parts.append(f"rows {ids} of the split ({len(finding.row_ids)} of {finding.num_rows})")
-    return ", ".join(parts)
+        rows = _named("row ids", [str(row) for row in finding.row_ids])[0]
+        parts.append(f"{rows} ({len(finding.row_ids)} of {finding.num_rows} rows)")
+    return f"Rank {finding.rank}: {'; '.join(parts)}"
 
 
 def _named(what: str, names: Sequence[str]) -> list[str]:
-    return [f"{what} {_some(names)}"] if names else []
-
-
-def _some(names: Sequence[str]) -> str:
+    """`what` and the first few names; nothing without names."""
+    if not names:
+        return []
     more = len(names) - _NUM_SHOWN
     shown = ", ".join(names[:_NUM_SHOWN])
-    return f"{shown} and {more} more" if more > 0 else shown
+    return [f"{what} {shown} and {more} more" if more > 0 else f"{what} {shown}"]
 
 
 def _overflows(norm: Tensor) -> bool:

@@ -156,30 +156,26 @@ class NumericalGuard:
         self.settle()
         found = [finding for findings in self._runtime.gather(self._findings) for finding in findings]
         self._findings = []
-        for number in sorted({finding.step for finding in found}):
+        for number in sorted({finding.step for finding in found}):  # `stop` ends with the first
             self._judge(tell([finding for finding in found if finding.step == number]))
 
     def _judge(self, text: str) -> None:
-        budget = self._config.max_skipped_steps
         if not self._skips:
-            raise NonFiniteError(
-                f"{text}. {self._advice()}, or leave out single steps (train.on_non_finite: skip)"
-            )
+            raise NonFiniteError(f"{text}. {self._advice()}; train.on_non_finite: skip leaves out such steps")
         self.skipped_steps += 1
+        budget = self._config.max_skipped_steps
         if self.skipped_steps > budget:
             raise NonFiniteError(
-                f"{text}; {budget} steps were skipped before (train.max_skipped_steps). {self._advice()}"
+                f"{text}. It is one more than the {budget} steps that may be skipped "
+                f"(train.max_skipped_steps). {self._advice()}"
             )
         if self._runtime.is_main:
-            logger.warning("%s. Skipped, number %d of at most %d", text, self.skipped_steps, budget)
+            logger.warning("%s. Skipped, as number %d of at most %d", text, self.skipped_steps, budget)
 
     def _advice(self) -> str:
-        rates = f"stages.{self._network.stage}"
-        precision = ", train.precision: fp32" if self._config.precision == "bf16" else ""
-        return (
-            "Look at these rows; go on from the last checkpoint with a lower "
-            f"{rates}.dense_lr, {rates}.table_lr or {rates}.max_grad_norm{precision}"
-        )
+        keys = [f"stages.{self._network.stage}.{key}" for key in ("table_lr", "dense_lr", "max_grad_norm")]
+        precision = ", or with train.precision: fp32" if self._config.precision == "bf16" else ""
+        return f"Go on from the last checkpoint with a lower {keys[0]}, {keys[1]} or {keys[2]}{precision}"
 
     @property
     def _last_step(self) -> "_Step":
@@ -221,7 +217,6 @@ class NumericalGuard:
         """Searches the undecided steps that turn out bad, but for the last few."""
         while len(self._undecided) > leave:
             number, step = self._undecided.popleft()
-            follows = bool(self._findings) and not self._skips  # from the step that spoilt the weights
-            if step.is_bad() and not follows:
+            if step.is_bad():
                 evidence, fields = step.evidence(), self._network.fields
                 self._findings.append(find(number, self._runtime.rank, evidence, self._schema, fields))
