@@ -6,7 +6,7 @@ from toy_model import Job, Toy
 
 from hetegen_rec.config import ConfigError
 from hetegen_rec.config.run import StageConfig
-from hetegen_rec.distributed.optimizers import attach_table_optimizer, make_optimizer
+from hetegen_rec.distributed.optimizers import GatedOptimizer, attach_table_optimizer, make_optimizer
 from hetegen_rec.distributed.runtime import Runtime, start_runtime
 from hetegen_rec.distributed.sharding import table_weights
 
@@ -105,3 +105,24 @@ def test_a_large_epsilon_keeps_rows_with_small_gradients_near_their_start(
         job.train(1)
         moved.append((weights - before).abs().max().item())
     assert moved[1] < 0.1 * moved[0]
+
+
+def test_a_closed_gate_leaves_weights_and_state_as_they_are(runtime: Runtime) -> None:
+    job = Job(runtime, "data_parallel")
+    plain = job.optimizer
+    open_at = iter([False, True])
+    job.optimizer = GatedOptimizer(plain, lambda: next(open_at))
+
+    def everything() -> dict[str, torch.Tensor]:
+        state = job.optimizer.state_dict()["state"]
+        found = {f"{key}/{name}": value for key, values in state.items() for name, value in values.items()}
+        return _parameters(job) | {key: value.clone() for key, value in found.items()}
+
+    before = everything()
+    job.train(1)
+    assert all(torch.equal(value, before[name]) for name, value in everything().items())
+    job.train(1)
+    assert not any(torch.equal(everything()[name], before[name]) for name in ("hidden.weight", "difficulty"))
+    assert job.optimizer.state_dict()["state"].keys() == plain.state_dict()["state"].keys()
+    assert job.optimizer.params.keys() == plain.params.keys()
+    assert job.optimizer.param_groups == plain.param_groups
