@@ -7,6 +7,7 @@ import pytest
 
 from hetegen_rec.config import Schema
 from hetegen_rec.data.raw import (
+    BadRowsError,
     DataError,
     check_columns,
     column_keys,
@@ -134,6 +135,28 @@ def test_a_csv_cell_of_the_wrong_type_names_file_column_and_value(tmp_path) -> N
     path.write_text("click,time,item,price usd,tags\n1,7,5,cheap,\n")
     with pytest.raises(DataError, match=r"part\.csv: In column 'price usd': .* invalid value 'cheap'"):
         rows_of(str(path))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "Empty CSV file"),
+        (b"click,time,item\n1,7\n", "Expected 3 columns, got 2"),
+        (
+            b'click,time,item\n1,7,"open\n' + b"1,7,5\n" * 40,
+            "a row is longer than 0 MiB, or a quote is not closed",
+        ),
+        (b"click,time,it\xffem\n1,7,5\n", "'utf-8' codec can't decode"),
+        (b"click,time,item,price usd,tags\n1,7,\xff,,\n", "In column 'item': .* invalid UTF8 data"),
+    ],
+)
+def test_a_csv_file_that_is_none_is_named(tmp_path, monkeypatch, content, message) -> None:
+    monkeypatch.setattr("hetegen_rec.data.raw.CSV_BLOCK_BYTES", 64)
+    path = tmp_path / "part.csv"
+    path.write_bytes(content)
+    with pytest.raises(BadRowsError, match=rf"part\.csv: .*{message}") as error:
+        rows_of(str(path))
+    assert "\n" not in str(error.value)
 
 
 def test_a_csv_header_without_rows_has_no_row_groups(tmp_path) -> None:

@@ -508,6 +508,26 @@ def test_rows_that_break_between_the_passes_stop_prepare(tmp_path):
         prepare(config_of(tmp_path), Alone(), lambda *_: write(path, log(5)))
 
 
+def test_of_csv_the_whole_file_is_left_out(tmp_path):
+    for split in SPLITS:
+        (tmp_path / split).mkdir()
+        for part in range(3):
+            lines = [f"{row % 2},{row},user {row},{row},1.5,a|b,1|2" for row in range(20)]
+            content = "\n".join(["click,time,user,item,price,tags,history", *lines])
+            (tmp_path / split / f"{part}.csv").write_text(content)
+    bad = tmp_path / "train" / "1.csv"
+    bad.write_text(bad.read_text().replace("1,13,user 13", "0.5,13,user 13"))
+    paths = {split: f"{tmp_path}/{split}/*.csv" for split in SPLITS}
+    with pytest.raises(
+        DataError, match=r"train/1\.csv: label column 'click': row 33 of the split holds 0\.5"
+    ):
+        prepare(config_of(tmp_path, **paths), Alone())
+    prepare(config_of(tmp_path, **paths, on_bad_shard="skip"), Alone())
+    (shard,) = read_manifest(tmp_path / "prepared").skipped
+    assert (shard.where, shard.num_rows) == (str(bad), 20)
+    assert encoded(tmp_path / "prepared", "train")["__row_id"].to_pylist() == [*range(20), *range(40, 60)]
+
+
 @pytest.mark.parametrize("split", SPLITS)
 def test_a_split_of_bad_rows_alone_is_an_error(split, tmp_path):
     write_raw(tmp_path)
