@@ -242,12 +242,21 @@ class Checkpoints:
         if optimizer is not None:
             optimizer.load_state_dict(own)
 
+    def grown_tables(self, info: CheckpointInfo) -> dict[str, int]:
+        """The tables that have got new ids since, and their rows in the checkpoint."""
+        return {
+            name: info.tables[name][0]
+            for name, identity in self.identities.items()
+            if name in info.identities and identity.grown_from(info.identities[name])
+        }
+
     def _check_tables(self, info: CheckpointInfo, here: Mapping[str, tuple[int, ...]]) -> None:
         """Refuses tables of another size, unless they have grown, and ids that stand for other values."""
+        grown = {name for name in self.grown_tables(info) if info.tables[name][1:] == here[name][1:]}
         differences = [
             f"table {name} {_size(info.tables.get(name))} there, {_size(here.get(name))} here"
-            for name in sorted({*info.tables, *here})
-            if info.tables.get(name) != here.get(name) and not self._has_grown(name, info, here)
+            for name in sorted({*info.tables, *here} - grown)
+            if info.tables.get(name) != here.get(name)
         ]
         if not differences and info.fingerprint != self.fingerprint:
             differences = [
@@ -257,7 +266,7 @@ class Checkpoints:
             differences = [
                 f"the rows of table {name} stand for other values"
                 for name, identity in self.identities.items()
-                if identity != info.identities.get(name) and not self._has_grown(name, info, here)
+                if identity != info.identities.get(name) and name not in grown
             ]
         if differences:
             raise CheckpointError(
@@ -265,12 +274,6 @@ class Checkpoints:
                 "Use the configuration and the prepared data that it was trained with, or prepare newer data "
                 "with `data.keep_ids_of`, which keeps the ids"
             )
-
-    def _has_grown(self, table: str, info: CheckpointInfo, here: Mapping[str, tuple[int, ...]]) -> bool:
-        before, now = info.identities.get(table), self.identities.get(table)
-        if before is None or now is None or table not in here:
-            return False
-        return now.grown_from(before) and info.tables[table][1:] == here[table][1:]
 
     def _on_main(self, read: Callable[[], T]) -> T:
         """What rank 0 finds in the store, on every rank; its errors too."""

@@ -183,11 +183,10 @@ def load_checkpoint(
     Raises:
         CheckpointError, ConfigError: it does not fit; see `Checkpoints.load`.
     """
-    owners = [field.name for field in config.features.table_owners]
-    rows = {name: statistics.table_rows(name) for name in owners}
-    stored = {name: info.tables[name][0] for name in owners if name in info.tables}
-    if stored.keys() == rows.keys():
-        check_growth(config.features, stored, rows, config.model.reconstruction)
+    rows = {field.name: statistics.table_rows(field.name) for field in config.features.table_owners}
+    check_growth(
+        config.features, {**rows, **checkpoints.grown_tables(info)}, rows, config.model.reconstruction
+    )
     checkpoints.load(info, model.dmp, optimizer)
 
 
