@@ -127,6 +127,7 @@ def open_trainer(
     if newest is not None:
         load_checkpoint(config, checkpoints, newest, statistics, model, optimizer)
         state = _state_of(newest, statistics, readers[0])
+        _check_budget(config, stage, state)
         logger.info("%s goes on from %s", stage, newest.location)
     else:
         _load_start(config, stage, model, optimizer, statistics, runtime)
@@ -151,11 +152,9 @@ def open_trainer(
         ) as writer,
         RunLog(directory, state.step, enabled=runtime.is_main, tensorboard=config.train.tensorboard) as log,
     ):
-        trainer = Trainer(
+        yield Trainer(
             config, stage, model, optimizer, statistics, readers, state, writer, log, stop, watchdog, runtime
         )
-        _check_budget(trainer)
-        yield trainer
 
 
 def open_checkpoints(
@@ -236,12 +235,18 @@ def _newest(pretraining: Checkpoints) -> CheckpointInfo:
     return newest
 
 
-def _check_budget(trainer: Trainer) -> None:
-    if trainer.state.step > trainer.total_steps:
+def _check_budget(config: RunConfig, stage: Stage, state: StageState) -> None:
+    """Refuses a budget that ends before what is trained.
+
+    Steps count for `train.max_steps` only: a stage that changed its number of ranks takes more to an epoch.
+    """
+    epochs, steps = config.stage(stage).epochs, config.train.max_steps
+    if state.cursor.epoch >= epochs or (steps is not None and state.step > steps):
         raise ConfigError(
-            f"{trainer.config.stage_dir(trainer.stage)} holds {trainer.state.step} trained steps, but the "
-            f"configuration wants {trainer.total_steps} (`epochs` of the stage, `train.max_steps`); raise "
-            "these, set another `run_dir`, or replace the earlier stage with --fresh"
+            f"{config.stage_dir(stage)} holds {state.step} trained steps, the last of them in epoch "
+            f"{state.cursor.epoch + 1}, but the budget ends before (`stages.{stage}.epochs`: {epochs}, "
+            f"`train.max_steps`: {steps}); raise it, set another `run_dir`, or replace the earlier stage "
+            "with --fresh"
         )
 
 
