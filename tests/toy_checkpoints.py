@@ -13,9 +13,12 @@ from unittest import mock
 import torch
 from fsspec.implementations.local import LocalFileOpener
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torchrec.distributed import DistributedModelParallel
+from torchrec.optim.keyed import KeyedOptimizer
 from toy_model import Job
 
 from hetegen_rec.distributed.optimizer_state import canonical_optimizer_state
+from hetegen_rec.distributed.runtime import Runtime
 from hetegen_rec.training.checkpoint import CheckpointInfo, Checkpoints, complete_steps
 from hetegen_rec.training.checkpoint_store import DigestingWriter
 from hetegen_rec.training.checkpoint_writer import Best, CheckpointWriter
@@ -61,10 +64,19 @@ class ToyCheckpoints:
 
 
 def state_of(job: Job) -> dict[str, torch.Tensor]:
+    """Weights and optimizer state of a job, see `whole_state`."""
+    return whole_state(job.model, job.optimizer, job.runtime)
+
+
+def whole_state(
+    model: DistributedModelParallel, optimizer: KeyedOptimizer, runtime: Runtime
+) -> dict[str, torch.Tensor]:
     """Weights and optimizer state as whole tensors, put together from all ranks' shards. A collective."""
-    optimizer = canonical_optimizer_state(job.optimizer.state_dict())
-    found = {"weights": job.model.state_dict(), "state": optimizer["state"]}
-    parts = job.runtime.gather({path: _pieces(value) for path, value in _leaves(found)})
+    found = {
+        "weights": model.state_dict(),
+        "state": canonical_optimizer_state(optimizer.state_dict())["state"],
+    }
+    parts = runtime.gather({path: _pieces(value) for path, value in _leaves(found)})
     return {
         path: _joined([piece for part in parts for piece in part.get(path, [])])
         for path in sorted({path for part in parts for path in part})
