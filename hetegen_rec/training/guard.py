@@ -128,18 +128,23 @@ class NumericalGuard:
         """Whether this rank has something to report."""
         return bool(self._findings)
 
-    def end_step(self, number: int) -> None:
+    def end_step(self, number: int) -> bool:
         """Takes note of the step that was just trained.
 
         Args:
             number: what reports call it; the same on all ranks.
+
+        Returns:
+            Whether it was taken: False if it was skipped, on all ranks alike.
         """
         step, self._step = self._last_step, None
-        if self._skips and step.is_bad():
+        is_skipped = self._skips and step.is_bad()
+        if is_skipped:
             self._restore_averages()
         self._undecided.append((number, step))
         waits = not self._skips and self._runtime.device.type == "cuda"
         self._decide(leave=1 if waits else 0)
+        return not is_skipped
 
     def settle(self) -> None:
         """Waits until `flag` covers the last step."""

@@ -71,13 +71,14 @@ class Run:
         start = step * ROWS + self.runtime.rank * count
         return self.log.batch(start, start + count, step=(step + 1) * count)
 
-    def train(self, *batches: Batch) -> None:
-        """One step a batch, numbered from 1."""
+    def train(self, *batches: Batch) -> list[bool]:
+        """One step a batch, numbered from 1; returns which were taken."""
         source = iter(batches)
+        taken = []
         for number in range(1, len(batches) + 1):
             self.pipeline.progress(source)
-            if self.guard:
-                self.guard.end_step(number)
+            taken.append(self.guard.end_step(number) if self.guard else True)
+        return taken
 
     def report(self) -> str:
         """What the guard raises."""
@@ -128,6 +129,10 @@ def _one_thread() -> Iterator[None]:
 
 def _spoil_embedding(run: Run) -> None:
     table_weights(run.model)["item"].local_shards()[0].tensor[5, 2] = float("nan")
+
+
+def _spoil_one_of_a_bag(run: Run) -> None:
+    table_weights(run.model)["genres"].local_shards()[0].tensor[4] = float("inf")
 
 
 def _spoil_weight(run: Run) -> None:
@@ -183,6 +188,11 @@ _CASES: dict[str, tuple[Callable[[Run], None], str, str]] = {
         _spoil_embedding,
         rf"loss nan; in the terms click.*{_ITEM_5}; row ids 1\d\d\d",
         "weights",
+    ),
+    "one of a bag": (
+        _spoil_one_of_a_bag,
+        r"spoilt before, row 4 of table genres \(genres\); row ids",
+        "item (",
     ),
     "a weight": (_spoil_weight, r"loss nan; in the terms click", "embeddings"),
     "a field": (
@@ -319,13 +329,14 @@ def _compare(runtime: Runtime, loss_too: bool = True, **setting: Any) -> dict[st
     elif runtime.rank == runtime.world_size - 1:
         _spoil_token_gradient(run, POISONED)
     first = run.state()
-    run.train(run.batch(0), bad, run.batch(1))
+    taken = run.train(run.batch(0), bad, run.batch(1))
     reference.train(run.batch(0), run.batch(1))
     run.guard.settle()
     flag = run.guard.flag
     run.guard.report()
     return {
         "flag": flag,
+        "taken": taken,
         "skipped": run.guard.skipped_steps,
         "differs": _changed(reference.state(), run.state()),
         "trained": len(_changed(first, run.state())),
@@ -338,6 +349,7 @@ def test_a_skipped_step_leaves_no_trace_on_any_rank(num_ranks: int) -> None:
         for setting, result in zip(_SETTINGS, results, strict=True):
             assert result["differs"] == [], setting
             assert result["flag"]
+            assert result["taken"] == [True, False, True]
             assert result["skipped"] == 1
             assert result["trained"] > 20
 
