@@ -7,6 +7,7 @@ SHELL := bash
 MAKEFLAGS += --no-print-directory
 
 ACCELERATOR ?= cpu
+N ?= 30
 PYTHON ?= python3.11 python3.12 python3.10 python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check -qq install --no-deps
@@ -22,10 +23,10 @@ ifeq ($(filter $(ACCELERATOR),cpu cuda),)
 $(error ACCELERATOR=$(ACCELERATOR) is not known; use cpu or cuda)
 endif
 
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test lint chaos clean
 
 help:  ## this list
-	@echo "make TARGET [ACCELERATOR=cpu|cuda] [PYTHON=python3.x]"
+	@echo "make TARGET [ACCELERATOR=cpu|cuda] [PYTHON=python3.x] [N=30]"
 	sed -nE 's/^([a-z]+):[^#]*## (.*)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 12
 
 setup: $(PACKAGE)  ## build .venv with everything pinned
@@ -43,6 +44,10 @@ lint: setup $(DEV)  ## format, lint and types only
 	ruff check .
 	ruff format --check .
 	mypy
+
+chaos: setup  ## kill N trainings at random moments; each must end like an undisturbed one
+	@$(USE_VENV)
+	python -m benchmarks.chaos --trials $(N)
 
 clean:  ## remove .venv and caches; data/ and runs/ stay
 	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
