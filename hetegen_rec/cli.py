@@ -47,7 +47,15 @@ USER_ERRORS = (
 )
 """Errors whose message is enough for the person who sees it; a traceback would only hide it."""
 
-_STORAGE_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR)
+_STORAGE_ERRORS = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.ENOTDIR,
+    errno.EEXIST,
+)
 """What the system says of a place where nothing can be written; its message names the file."""
 
 Verb = Callable[[Job], None]

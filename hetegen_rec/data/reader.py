@@ -23,7 +23,8 @@ from hetegen_rec.data.hashing import mix64
 from hetegen_rec.data.interval_reader import Encode, IntervalReader, SkipLog, SkippedRows
 from hetegen_rec.data.lanes import Lanes, cut
 from hetegen_rec.data.prefetch import prefetch
-from hetegen_rec.data.raw import DataError, RowGroup, list_row_groups
+from hetegen_rec.data.prepared import prepared_row_groups
+from hetegen_rec.data.raw import DataError, RowGroup
 from hetegen_rec.data.row_plan import Piece, RowPlan, lanes_of, split_of
 from hetegen_rec.data.statistics import Statistics
 
@@ -216,7 +217,7 @@ def open_reader(
     oov_dropout: float,
     encoder: Encoder | None = None,
 ) -> Reader:
-    """Opens one split of a prepared data set; reads the footers of its files.
+    """Opens one split of a prepared data set.
 
     Training takes `data.lanes` lanes. Evaluation takes one lane a rank and rounds `batch_size` up to a
     multiple of the ranks.
@@ -241,15 +242,11 @@ def open_reader(
     if (data.encode == "on_the_fly") != (encoder is not None):
         raise ValueError(f"`data.encode: {data.encode}` and encoder {encoder!r} do not fit")
     batcher = Batcher(config.features, statistics, oov_dropout)
-    if encoder is None:
-        patterns: Sequence[str] = (f"{data.prepared_dir.rstrip('/')}/{split}/*.parquet",)
-        columns: Sequence[str] = batcher.encoded_schema.names
-    else:
-        patterns, columns = data.raw_paths(split), required_columns(config.features)
+    columns = batcher.encoded_schema.names if encoder is None else required_columns(config.features)
     num_lanes = (data.lanes or world_size) if train else world_size
     if not train:
         batch_size = -(-batch_size // num_lanes) * num_lanes
-    row_groups = list_row_groups(patterns)
+    row_groups = prepared_row_groups(config, split)
     if train:
         _check_enough_rows(row_groups, num_lanes)
     return Reader(

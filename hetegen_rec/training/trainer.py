@@ -168,6 +168,7 @@ class Trainer:
             _Stopped: on all ranks after the same step.
         """
         batches = islice(self._open_batches(), self._batches_to_evaluation())
+        self._pipeline.reset()  # one that was drained would take nothing from a new iterator
         while True:
             self._seed_dropout()
             try:
@@ -212,8 +213,8 @@ class Trainer:
         state.cursor = outputs.batch.cursor
         state.evaluation_due = state.batches == self._segment_end
         self.rates.advance()
-        self.guard.end_step(state.step)
-        self._meter.add(outputs, self.config.train.batch_size)
+        if self.guard.end_step(state.step):
+            self._meter.add(outputs, self.config.train.batch_size)
         self.watchdog.beat(f"step {state.step + 1} of {self.stage}")
         progress.advance()
         if state.step % self.config.train.log_every == 0 or state.step == self.total_steps:

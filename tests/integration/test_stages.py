@@ -66,13 +66,16 @@ def test_second_demo_repeats_nothing(directory):
     before = files_below(directory)
     assert run("demo", directory) == 0
     after = files_below(directory)
-    assert {path for path in before if before[path] != after.get(path)} <= {"run/report.html"}
+    changed = {path for path in before if before[path] != after.get(path)}
+    assert {path for path in changed if not path.endswith(".lock")} <= {"run/report.html"}
 
 
-def test_demo_repeats_what_another_configuration_left(directory, tmp_path, capsys):
+def test_demo_replaces_what_another_configuration_left_only_if_told_so(directory, tmp_path, capsys):
     shutil.copytree(directory / "run", tmp_path / "run")
     overrides = [f"run_dir={tmp_path / 'run'}", "train.max_steps=1"]
-    assert run("demo", directory, *overrides) == 0
+    assert run("demo", directory, *overrides) == 2
+    assert "the budget ends before" in capsys.readouterr().err
+    assert run("demo", directory, "--fresh", *overrides) == 0
     assert json.loads((tmp_path / "run" / "scratch" / "done.json").read_text())["steps"] == 1
 
 
@@ -107,7 +110,7 @@ def test_the_sparse_pipeline_has_the_tables_in_every_step_of_every_stage(
     train = config.train.model_copy(update={"max_steps": 4, "evaluations_per_epoch": 5})
     config = config.model_copy(update={"train": train})
     counts = []
-    with start_runtime("cpu") as runtime, stages.open_trainer(config, stage, runtime) as trainer:
+    with start_runtime("cpu") as runtime, stages.open_trainer(config, stage, runtime, fresh=True) as trainer:
         pipeline = trainer._pipeline
         progress = pipeline.progress
 
@@ -119,6 +122,15 @@ def test_the_sparse_pipeline_has_the_tables_in_every_step_of_every_stage(
         monkeypatch.setattr(pipeline, "progress", watched)
         trainer.run()
     assert counts == [1, 1, 1, 1]  # two steps, an evaluation, two steps
+
+
+@pytest.mark.parametrize("pipeline", ["sparse_dist", "base"])
+def test_every_segment_of_every_epoch_is_trained(pipeline, directory, tmp_path):
+    overrides = [f"train.pipeline={pipeline}", "train.evaluations_per_epoch=3", "stages.scratch.epochs=2"]
+    assert run("scratch", directory, f"run_dir={tmp_path}", *overrides) == 0
+    lines = [json.loads(line) for line in (tmp_path / "scratch" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["event"] == "train"] == list(range(1, 21))
+    assert [line["step"] for line in lines if line["event"] == "evaluation"] == [4, 8, 10, 14, 18, 20]
 
 
 def test_joint_logs_both_losses_and_every_field(directory):
