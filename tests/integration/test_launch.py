@@ -1,12 +1,17 @@
 """Jobs of several processes as a person starts them, from a checkout."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from tiny_run import tiny_values, write_config, write_tiny
 
 from hetegen_rec.cli import main
@@ -81,3 +86,43 @@ def test_a_rank_that_fails_alone_ends_the_job_with_its_own_words(tmp_path):
     assert len(errors) == 1, result.stderr
     assert f"{shard}, row group 5: cannot be read" in errors[0]
     assert "Traceback" not in result.stderr
+
+
+def kill_rank_1(launcher: psutil.Process) -> None:
+    (rank_1,) = [child for child in launcher.children() if child.environ().get("RANK") == "1"]
+    rank_1.kill()
+
+
+def ask_to_stop(launcher: psutil.Process) -> None:
+    launcher.send_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+    ("disturb", "says"),
+    [
+        (kill_rank_1, "error: rank 1 was ended by SIGKILL; restart 1 of 1"),
+        (ask_to_stop, "stopped by SIGTERM after step "),
+    ],
+    ids=["killed", "asked to stop"],
+)
+def test_a_disturbed_training_goes_on_where_it_was(disturb: Callable[[psutil.Process], None], says, tmp_path):
+    values = tiny_values(tmp_path)
+    values["stages"] = {"scratch": {"epochs": 8, "patience": None}}
+    values["checkpoints"] = {"every_steps": 10}
+    config, stage = write_config(tmp_path, values), tmp_path / "run" / "scratch"
+    command = [sys.executable, "-m", "hetegen_rec.cli", "scratch", "--config", str(config)]
+    command += ["--ranks", "2", "--max-restarts", "1"]
+    output = tmp_path / "output.txt"
+    with output.open("w") as file, psutil.Popen(command, cwd=CHECKOUT, stdout=file, stderr=file) as launcher:
+        deadline = time.monotonic() + 120
+        while not (stage / "checkpoints" / "step-20" / "metadata.json").exists():
+            assert time.monotonic() < deadline, output.read_text()
+            time.sleep(0.05)
+        disturb(launcher)
+        assert launcher.wait(120) == 0, output.read_text()
+    assert says in output.read_text()
+    result = start(["hetegen", "scratch", "--config", str(config), "--ranks", "2"])
+    assert result.returncode == 0, result.stderr
+    told = output.read_text() + result.stderr
+    assert "scratch goes on from " in told
+    assert (stage / "done.json").exists()
