@@ -6,10 +6,11 @@ The only module that reads `os.environ` and the only one that chooses the device
 import logging
 import os
 import re
+import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, TypeVar, cast
@@ -29,6 +30,8 @@ T = TypeVar("T")
 # Gloo's threads outlive the group while a model refers to it, and abort the process if they let go of
 # the last collective's tensors after the interpreter began to end (pytorch/pytorch#179291).
 _SETTLE_SECONDS = 0.1
+
+_STORE_SECONDS = 5.0  # for an answer of the job's store, where a failed rank asks
 
 # The watchdog of a hung rank must run out before the others' collectives do, and tell its stacks.
 _WATCHDOG_FIRST = timedelta(seconds=60)
@@ -128,13 +131,20 @@ class Runtime:
     def is_first_to_fail(self) -> bool:
         """Notes in the job's store that this rank failed; returns whether no other did before.
 
-        No collective: the others may be anywhere. So of many ranks that meet one problem, one tells.
+        No collective: the others may be anywhere. So of many ranks that meet one problem, one tells. A rank
+        that cannot reach the store tells too.
         """
-        try:
-            store = dist.distributed_c10d._get_default_store()
-            return int(store.add(_FAILURE, 1)) <= 1
-        except RuntimeError:  # the store went with the process that held it
-            return True
+        earlier: list[int] = []
+
+        def ask() -> None:
+            with suppress(RuntimeError):  # the store went with the process that held it
+                earlier.append(int(dist.distributed_c10d._get_default_store().add(_FAILURE, 1)) - 1)
+
+        # Where the network is cut, the question has no end.
+        thread = threading.Thread(target=ask, daemon=True)
+        thread.start()
+        thread.join(_STORE_SECONDS)
+        return not any(earlier)
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 import os
 import time
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -7,6 +9,7 @@ import torch.distributed as dist
 from multirank import RanksFailedError, run_ranks
 
 from hetegen_rec.config import ConfigError
+from hetegen_rec.distributed import runtime as runtime_module
 from hetegen_rec.distributed.meeting import MeetingError
 from hetegen_rec.distributed.runtime import DistributedError, LostPeerError, describe_loss, start_runtime
 
@@ -133,6 +136,29 @@ def test_alone_without_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(DistributedError, match="running already"), start_runtime("cpu"):
             pass
     assert not dist.is_initialized()
+
+
+def _store_that(add: Callable[[], int]) -> Any:
+    return SimpleNamespace(add=lambda key, count: add())
+
+
+def _unreachable() -> int:
+    raise dist.DistNetworkError("Broken pipe")
+
+
+def _cut_off() -> int:
+    time.sleep(60)
+    return 7
+
+
+@pytest.mark.parametrize(
+    ("add", "is_first"), [(lambda: 1, True), (lambda: 2, False), (_unreachable, True), (_cut_off, True)]
+)
+def test_the_first_rank_that_fails_tells_and_any_that_cannot_ask(add, is_first, monkeypatch) -> None:
+    monkeypatch.setattr(runtime_module, "_STORE_SECONDS", 0.2)
+    with start_runtime("cpu") as runtime:
+        monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: _store_that(add))
+        assert runtime.is_first_to_fail() == is_first
 
 
 def test_group_ends_when_the_body_fails() -> None:
