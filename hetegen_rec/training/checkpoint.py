@@ -145,22 +145,35 @@ class Checkpoints:
         self._runtime = runtime
 
     def latest(self) -> CheckpointInfo | None:
-        """The intact checkpoint of the most steps; None if there is none.
+        """The intact checkpoint of the most steps; None if none was ever finished here.
 
-        Those that are torn or damaged are passed over, each with a warning.
+        Those that are damaged are passed over, each with a warning.
+
+        Raises:
+            CheckpointError: all are damaged, or the place cannot be read. Who took that for an empty place
+                would train anew, and remove what is there.
         """
-        steps = self._on_main(lambda: complete_steps(self.store))
+        steps = self._on_main(self.store.location, lambda: complete_steps(self.store))
         for step in reversed(steps):
             try:
                 return self.check(self.store.path(step_name(step)))
             except CheckpointError as error:
                 if self._runtime.is_main:
                     logger.warning("%s; passed over", error)
+        if steps:
+            raise CheckpointError(
+                f"{self.store.location}: none of its {len(steps)} checkpoint(s) can be read, as told before. "
+                "Restore one of them, or start the stage anew with --fresh"
+            )
         return None
 
     def best(self) -> CheckpointInfo | None:
-        """The checkpoint of the best evaluation; the newest where none is, or that one is damaged."""
-        step = self._on_main(lambda: best_step(self.store))
+        """The checkpoint of the best evaluation; the newest where none is, or that one is damaged.
+
+        Raises:
+            CheckpointError: as `latest`.
+        """
+        step = self._on_main(self.store.location, lambda: best_step(self.store))
         if step is None:
             return self.latest()
         try:
@@ -184,7 +197,7 @@ class Checkpoints:
         Raises:
             CheckpointError: on every rank; it is incomplete, or a file is cut off or changed.
         """
-        info = self._on_main(lambda: read_info(location))
+        info = self._on_main(location, lambda: read_info(location))
         mine = sorted(info.files)[self._runtime.rank :: self._runtime.world_size]
         problems = list(damaged_files(Store(location), {name: info.files[name] for name in mine}))
         found = [problem for part in self._runtime.gather(problems) for problem in part]
@@ -275,15 +288,17 @@ class Checkpoints:
                 "with `data.keep_ids_of`, which keeps the ids"
             )
 
-    def _on_main(self, read: Callable[[], T]) -> T:
-        """What rank 0 finds in the store, on every rank; its errors too."""
+    def _on_main(self, location: str, read: Callable[[], T]) -> T:
+        """What rank 0 finds at a location, on every rank; its errors too."""
         found: T | None = None
-        error: Exception | None = None
+        error: CheckpointError | None = None
         if self._runtime.is_main:
             try:
                 found = read()
-            except (CheckpointError, OSError) as raised:
+            except CheckpointError as raised:
                 error = raised
+            except Exception as raised:  # stores have errors of their own, not all of which can be pickled
+                error = CheckpointError(f"{location}: cannot be read: {type(raised).__name__}: {raised}")
         found, error = self._runtime.broadcast((found, error))
         if error is not None:
             raise error

@@ -17,6 +17,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from torch.distributed.checkpoint._fsspec_filesystem import FileSystem, FsspecReader, FsspecWriter
 
+from hetegen_rec.config.errors import ConfigError
 from hetegen_rec.files import write_whole
 
 _READ_BYTES = 16 << 20
@@ -30,9 +31,17 @@ class Store:
 
         Args:
             location: a path, or a URL such as `s3://bucket/run-7`.
+
+        Raises:
+            ConfigError: a URL of a kind that is not known, or whose package is not installed.
         """
         self.location = location.rstrip("/")
-        self._fs, self._root = url_to_fs(self.location)
+        try:
+            self._fs, self._root = url_to_fs(self.location)
+        except (ImportError, ValueError) as error:
+            raise ConfigError(
+                f"{location}: {error}; name a path, or a URL that fsspec can open here"
+            ) from error
         self._is_local = isinstance(self._fs, LocalFileSystem)
 
     def path(self, name: str) -> str:
@@ -51,8 +60,11 @@ class Store:
     def exists(self, name: str) -> bool:
         """Whether there is a file or directory of that name."""
         self._fs.invalidate_cache()
-        found: bool = self._fs.exists(self._inner(name))
-        return found
+        try:
+            self._fs.info(self._inner(name))  # `exists` says no as well where it could not look
+        except FileNotFoundError:
+            return False
+        return True
 
     def read_text(self, name: str) -> str:
         """Content of a text file."""
@@ -221,5 +233,5 @@ def damaged_files(store: Store, files: Mapping[str, Mapping[str, Any]]) -> Itera
                 yield f"{file} has {found:,} of {expected['bytes']:,} bytes"
             elif store.sha256(file) != expected["sha256"]:
                 yield f"{file} was changed: its checksum does not fit"
-        except OSError as error:
+        except Exception as error:  # stores have errors of their own
             yield f"{file} cannot be read: {error}"

@@ -217,5 +217,5 @@ class CheckpointWriter:
         try:
             self._store.remove_file(f"{name}/{METADATA}")  # first, so that no complete one lacks a file
             self._store.remove_directory(name)
-        except OSError as error:
+        except Exception as error:  # stores have errors of their own
             logger.warning("%s could not be removed, to be tried again: %s", self._store.path(name), error)

@@ -4,9 +4,11 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from fsspec.implementations.local import LocalFileSystem
 from multirank import run_ranks
 from toy_checkpoints import ToyCheckpoints, assert_same_state, state_of, warnings_told
 from toy_model import TABLES, Job
@@ -205,6 +207,33 @@ def test_a_damaged_one_is_told_of_and_the_one_before_taken(damage, message, job,
         with warnings_told("checkpoint") as told:
             assert find() == before
         assert f"{raised.value}; passed over" in told
+
+
+def test_where_all_are_damaged_is_not_taken_for_an_empty_place(job, tmp_path):
+    toy = ToyCheckpoints(tmp_path, job)
+    toy.save(1, 2)
+    cut_off(shards_of(tmp_path / "step-1"))
+    cut_off(tmp_path / "step-2" / "metadata.json")
+    for find in (toy.checkpoints.latest, toy.checkpoints.best):
+        with pytest.raises(CheckpointError, match=r"none of its 2 checkpoint\(s\) can be read.*--fresh"):
+            find()
+
+
+class UnreachableError(Exception):
+    """Of an object store's own kind, and not to be pickled."""
+
+    def __reduce__(self):
+        raise TypeError
+
+
+@pytest.mark.parametrize("method", ["ls", "info"])
+def test_a_place_that_cannot_be_read_is_not_taken_for_an_empty_one(method, job, tmp_path):
+    toy = ToyCheckpoints(tmp_path, job)
+    toy.save(1)
+    with mock.patch.object(LocalFileSystem, method, side_effect=UnreachableError("no route to host")):
+        for find in (toy.checkpoints.latest, toy.checkpoints.best):
+            with pytest.raises(CheckpointError, match="cannot be read: UnreachableError: no route to host"):
+                find()
 
 
 def check_damaged(directory: Path) -> tuple[str, int]:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from fsspec.implementations.memory import MemoryFileSystem
 
+from hetegen_rec.config.errors import ConfigError
 from hetegen_rec.training.checkpoint_store import Store, damaged_files, sealed, unsealed
 
 
@@ -35,6 +36,15 @@ def test_a_place_that_is_not_there_is_empty(location):
         store.read_text("step-1/metadata.json")
     with pytest.raises(FileNotFoundError):
         store.size("step-1/metadata.json")
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [("nowhere://bucket/run", "Protocol not known: nowhere"), ("abfs://bucket/run", "[Ii]nstall adlfs")],
+)
+def test_a_url_that_cannot_be_opened_here_is_an_error_in_words(url, message):
+    with pytest.raises(ConfigError, match=f"^{url}: .*{message}.*; name a path, or a URL"):
+        Store(url)
 
 
 def test_what_is_written_is_found_until_it_is_removed(location):

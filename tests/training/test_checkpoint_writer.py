@@ -65,16 +65,18 @@ def test_what_was_begun_only_is_removed_later(job, tmp_path):
     assert names_in(tmp_path) == ["step-1", "step-3"]
 
 
-def test_what_cannot_be_removed_is_told_of_and_tried_again(job, tmp_path):
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EBUSY, "Device or resource busy"), Exception("an object store's own")], ids=str
+)
+def test_what_cannot_be_removed_is_told_of_and_tried_again(error, job, tmp_path):
     toy = ToyCheckpoints(tmp_path, job, keep=1)
     toy.save(1)
-    busy = OSError(errno.EBUSY, "Device or resource busy")
     with (
-        mock.patch.object(LocalFileSystem, "rm", side_effect=busy),
+        mock.patch.object(LocalFileSystem, "rm", side_effect=error),
         warnings_told("checkpoint_writer") as told,
     ):
         toy.save(2)
-    assert told == [f"{tmp_path}/step-1 could not be removed, to be tried again: {busy}"]
+    assert told == [f"{tmp_path}/step-1 could not be removed, to be tried again: {error}"]
     assert toy.steps() == [2]  # no complete one that may lack files
     toy.save(3)
     assert names_in(tmp_path) == ["step-3"]
