@@ -203,19 +203,26 @@ class CheckpointWriter:
         with ranks.together(f"finishing {self._store.path(name)}"):
             if ranks.is_main:
                 self._store.write_text(f"{name}/{METADATA}", sealed(description))
-                self._prune(step)
+        if ranks.is_main:
+            self._prune(step)
 
     def _prune(self, newest: int) -> None:
         """Removes what is no longer kept, and what was begun only. What fails is tried again next time."""
-        complete = complete_steps(self._store)
-        kept = {*complete[-self._keep :], best_step(self._store), newest}
-        for step in written_steps(self._store):
-            if step not in kept:
-                self._remove(step_name(step))
+        try:
+            complete = complete_steps(self._store)
+            kept = {*complete[-self._keep :], best_step(self._store), newest}
+            old = [step for step in written_steps(self._store) if step not in kept]
+        except Exception as error:  # stores have errors of their own
+            logger.warning(
+                "%s could not be listed to remove old checkpoints: %s", self._store.location, error
+            )
+            return
+        for step in old:
+            self._remove(step_name(step))
 
     def _remove(self, name: str) -> None:
         try:
             self._store.remove_file(f"{name}/{METADATA}")  # first, so that no complete one lacks a file
             self._store.remove_directory(name)
-        except Exception as error:  # stores have errors of their own
+        except Exception as error:
             logger.warning("%s could not be removed, to be tried again: %s", self._store.path(name), error)
