@@ -23,6 +23,7 @@ from hetegen_rec.config.run import RunConfig, Stage
 from hetegen_rec.distributed.runtime import Runtime, start_runtime
 from hetegen_rec.training import stages, trainer
 from hetegen_rec.training.checkpoint import CheckpointInfo, read_info
+from hetegen_rec.training.checkpoint_writer import CheckpointWriter
 from hetegen_rec.training.logs import RunLog
 from hetegen_rec.training.meter import Meter
 from hetegen_rec.training.scoring import score_rows
@@ -227,6 +228,17 @@ def test_a_run_goes_on_from_before_a_damaged_checkpoint(
         file.write(b"\xff" * 8)
     assert stages.run_stage(config, "joint", runtime)
     assert f"{damaged.location}: damaged: {shards.name} was changed" in caplog.text
+    assert_same_end(config, undisturbed, tmp_path)
+
+
+def test_checkpoints_by_the_clock_leave_training_as_it_is(undisturbed, data, runtime, tmp_path):
+    config = config_in(tmp_path, data, "checkpoints.every_steps=null", "checkpoints.every_minutes=1e-6")
+    with mock.patch.object(
+        CheckpointWriter, "save", autospec=True, side_effect=CheckpointWriter.save
+    ) as save:
+        assert stages.run_stage(config, "joint", runtime)
+    # The clock is looked at behind a step, and all ranks act on it behind the next one.
+    assert [call.args[1] for call in save.call_args_list] == list(range(2, STEPS + 1, 2))
     assert_same_end(config, undisturbed, tmp_path)
 
 
