@@ -1,7 +1,9 @@
 """One rank of a trial: the product's own command, with probes put around it from outside.
 
-python -m benchmarks.chaos.rank DIRECTORY LAUNCH            one rank, under a launcher
-python -m benchmarks.chaos.rank DIRECTORY LAUNCH --ranks 2  the launcher of `hetegen --ranks 2`
+    python -m benchmarks.chaos.rank DIRECTORY LAUNCH            one rank, under a launcher
+    python -m benchmarks.chaos.rank DIRECTORY LAUNCH --ranks 2  the launcher of `hetegen --ranks 2`
+
+DIRECTORY is the trial's, LAUNCH tells its attempts apart.
 """
 
 import argparse
@@ -64,9 +66,9 @@ class Fate:
 
     def strike(self, kill: Kill) -> None:
         """Returns only if this rank is to live on."""
+        launcher, others = _processes(self.directory)
         note_strike(self.directory)
         self._kill = None
-        launcher, others = _processes(self.directory)
         if kill.victims == "all":
             _kill([launcher, *others])  # the launcher first, so that it notices nothing
         elif kill.victims == "others":
