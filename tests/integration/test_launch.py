@@ -65,7 +65,7 @@ def test_many_ranks_tell_of_one_problem_once(tmp_path):
     assert len(errors) == 1, result.stderr
     assert "1 row(s) cannot be shared by 2 lanes" in errors[0]
     assert "Traceback" not in result.stderr
-    assert not (tmp_path / "run" / "run").exists()
+    assert not (tmp_path / "run" / "run" / "scratch").exists()
 
 
 def test_a_rank_that_fails_alone_ends_the_job_with_its_own_words(tmp_path):
