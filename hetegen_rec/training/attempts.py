@@ -15,6 +15,7 @@ from hetegen_rec.training.state import StageState
 
 _CONFIG = "config.yaml"
 _DONE = "done.json"
+_JOB = "job.json"
 _FIXED = (
     "seed",
     "features",
@@ -31,13 +32,20 @@ _BUDGET = ("epochs", "patience")
 """Keys of that section that may change freely: they say how long to train."""
 
 
-def begin_attempt(config: RunConfig, stage: Stage) -> None:
-    """Writes down what the stage is trained with from now on."""
+def begin_attempt(config: RunConfig, stage: Stage, job_id: str) -> None:
+    """Writes down what the stage is trained with from now on, and by which job."""
     directory = config.stage_dir(stage)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / _DONE).unlink(missing_ok=True)
     remove_evaluation(directory)
     save_config(config, directory / _CONFIG)
+    write_whole(directory / _JOB, json.dumps({"job_id": job_id}))
+
+
+def is_of_job(config: RunConfig, stage: Stage, job_id: str) -> bool:
+    """Whether the attempt at hand was begun by a job, whose ranks were started again since."""
+    path = config.stage_dir(stage) / _JOB
+    return path.exists() and json.loads(path.read_text(encoding="utf-8"))["job_id"] == job_id
 
 
 def end_attempt(config: RunConfig, stage: Stage, state: StageState) -> None:

@@ -19,7 +19,14 @@ from hetegen_rec.distributed.runtime import Runtime
 from hetegen_rec.distributed.signals import StopRequest
 from hetegen_rec.distributed.watchdog import Watchdog
 from hetegen_rec.models.reconstruction import check_growth
-from hetegen_rec.training.attempts import begin_attempt, check_attempt, clear_attempt, end_attempt, is_done
+from hetegen_rec.training.attempts import (
+    begin_attempt,
+    check_attempt,
+    clear_attempt,
+    end_attempt,
+    is_done,
+    is_of_job,
+)
 from hetegen_rec.training.checkpoint import CheckpointError, CheckpointInfo, Checkpoints, schema_fingerprint
 from hetegen_rec.training.checkpoint_writer import CheckpointWriter
 from hetegen_rec.training.logs import RunLog
@@ -67,10 +74,12 @@ def run_stage(
     Returns:
         Whether the stage is finished; it is not where the job was asked to stop.
     """
-    fresh = fresh and not runtime.restart_count
     with runtime.together("reading what is there already"):
+        # Restarts of a fixed number of hosts are counted; hosts that came or went show by the job's name.
+        fresh = fresh and not runtime.restart_count and not is_of_job(config, stage, runtime.job_id)
         done = runtime.is_main and not fresh and is_done(config, stage)
-    if runtime.broadcast(done):
+    fresh, done = runtime.broadcast((fresh, done))
+    if done:
         logger.info("%s is done already in %s", stage, config.stage_dir(stage))
         return True
     with open_trainer(config, stage, runtime, fresh=fresh, accept_changes=accept_changes) as trainer:
@@ -140,7 +149,7 @@ def open_trainer(
             if newest is None:
                 clear_attempt(config, stage)
                 checkpoints.clear()
-            begin_attempt(config, stage)
+            begin_attempt(config, stage, runtime.job_id)
     kept = config.checkpoints
     stop = StopRequest()
     stacks = directory / "stacks" / f"rank-{runtime.rank}.txt"

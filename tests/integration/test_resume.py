@@ -7,6 +7,7 @@ import shutil
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -294,7 +295,8 @@ def test_another_configuration_is_refused_and_changes_nothing(stopped, data, run
 def test_a_fresh_start_replaces_what_was_there(stopped, data, runtime, tmp_path):
     config = copy_of(stopped, tmp_path, data, "seed=7", "train.max_steps=2")
     (config.stage_dir("joint") / "evaluation.json").write_text("{}")
-    assert stages.run_stage(config, "joint", runtime, fresh=True)
+    another_job = replace(runtime, job_id="another")
+    assert stages.run_stage(config, "joint", another_job, fresh=True)
     assert steps_of(config) == [1, 2]
     assert [path.name for path in Path(config.checkpoints_dir("joint")).iterdir()] == ["step-2"]
     assert not (config.stage_dir("joint") / "evaluation.json").exists()

@@ -10,7 +10,14 @@ from hetegen_rec.config.errors import ConfigError
 from hetegen_rec.config.loading import load_config
 from hetegen_rec.config.run import RunConfig
 from hetegen_rec.evaluation.results import read_evaluation, write_evaluation
-from hetegen_rec.training.attempts import begin_attempt, check_attempt, clear_attempt, end_attempt, is_done
+from hetegen_rec.training.attempts import (
+    begin_attempt,
+    check_attempt,
+    clear_attempt,
+    end_attempt,
+    is_done,
+    is_of_job,
+)
 from hetegen_rec.training.state import StageState
 
 
@@ -20,7 +27,7 @@ def config(tmp_path: Path) -> RunConfig:
 
 
 def finish(config: RunConfig) -> None:
-    begin_attempt(config, "joint")
+    begin_attempt(config, "joint", "job-1")
     end_attempt(config, "joint", StageState(step=50, seconds=12.34, skipped_steps=1))
 
 
@@ -30,14 +37,14 @@ def test_nothing_is_done_and_nothing_is_refused_at_first(config):
 
 
 def test_a_stage_is_done_from_its_end_to_the_next_beginning(config):
-    begin_attempt(config, "joint")
+    begin_attempt(config, "joint", "job-1")
     assert not is_done(config, "joint")
     end_attempt(config, "joint", StageState(step=50, seconds=12.34, skipped_steps=1))
     assert is_done(config, "joint")
     assert not is_done(config, "scratch")
     done = json.loads((config.stage_dir("joint") / "done.json").read_text())
     assert done == {"steps": 50, "seconds": 12.3, "skipped_steps": 1, "skipped_rows": 0}
-    begin_attempt(config, "joint")
+    begin_attempt(config, "joint", "job-1")
     assert not is_done(config, "joint")
 
 
@@ -46,7 +53,7 @@ def test_an_attempt_writes_down_its_configuration_and_drops_the_evaluation_of_th
     directory = config.stage_dir("joint")
     evaluation = {"run": "tiny", "stage": "joint", "checkpoint": "", "step": 1, "splits": {}}
     write_evaluation(directory, evaluation)
-    begin_attempt(config, "joint")
+    begin_attempt(config, "joint", "job-1")
     assert read_evaluation(directory) is None
     assert load_config(directory / "config.yaml") == config
 
@@ -54,7 +61,7 @@ def test_an_attempt_writes_down_its_configuration_and_drops_the_evaluation_of_th
 def test_clearing_removes_everything_of_the_stage_only(config):
     finish(config)
     (config.stage_dir("joint") / "checkpoints" / "step-1").mkdir(parents=True)
-    begin_attempt(config, "scratch")
+    begin_attempt(config, "scratch", "job-1")
     clear_attempt(config, "joint")
     clear_attempt(config, "pretrain")
     assert [path.name for path in Path(config.run_dir).iterdir()] == ["scratch"]
@@ -136,3 +143,12 @@ def test_a_configuration_of_another_version_is_refused_with_what_to_do(config):
     for ask in (check_attempt, is_done):
         with pytest.raises(ConfigError, match=r"(?s)config\.yaml: an earlier attempt.*hyperspace.*--fresh"):
             ask(config, "joint")
+
+
+def test_an_attempt_belongs_to_the_job_that_began_it(config):
+    assert not is_of_job(config, "scratch", "job-1")
+    begin_attempt(config, "scratch", "job-1")
+    assert is_of_job(config, "scratch", "job-1")
+    assert not is_of_job(config, "scratch", "job-2")
+    clear_attempt(config, "scratch")
+    assert not is_of_job(config, "scratch", "job-1")
