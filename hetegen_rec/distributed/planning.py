@@ -105,8 +105,8 @@ def agree_on_plan(
     outcome: ShardingPlan | PlanningError | None = None
     if runtime.is_main:
         device: Literal["cpu", "cuda"] = "cuda" if runtime.device.type == "cuda" else "cpu"
-        cluster = describe_cluster(config, device, runtime.world_size, runtime.local_world_size)
         try:
+            cluster = describe_cluster(config, device, runtime.world_size, runtime.local_world_size)
             outcome = make_plan(model, config, cluster, batch_size)
         except PlanningError as error:
             outcome = error
