@@ -8,11 +8,13 @@ disk. Times are those of the slowest rank. Both ways sync every file to the disk
 """
 
 import argparse
+import os
 import platform
 import shutil
 import statistics
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -37,6 +39,7 @@ from hetegen_rec.training.stages import prepare_data
 
 DIM = 64
 _MIB = 1 << 20
+_WIDTH = 115
 
 
 @dataclass(frozen=True)
@@ -258,11 +261,12 @@ def _how_made(runtime: Runtime, arguments: Sequence[str]) -> list[str]:
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
     ).stdout.strip()
-    return [
+    text = (
         f"`{' '.join([*command, *arguments])}` at commit {commit or 'unknown'}, on {_processor()} with "
         f"{torch.get_num_threads()} thread(s) a rank, {platform.system()} {platform.release()}, torch "
-        f"{torch.__version__}."
-    ]
+        f"{torch.__version__}. Load of the machine over the last five minutes: {os.getloadavg()[1]:.1f}."
+    )
+    return textwrap.wrap(text, _WIDTH, break_on_hyphens=False)
 
 
 def _processor() -> str:
