@@ -180,7 +180,10 @@ class NumericalGuard:
     def _advice(self) -> str:
         keys = [f"stages.{self._network.stage}.{key}" for key in ("table_lr", "dense_lr", "max_grad_norm")]
         precision = ", or with train.precision: fp32" if self._config.precision == "bf16" else ""
-        return f"Go on from the last checkpoint with a lower {keys[0]}, {keys[1]} or {keys[2]}{precision}"
+        return (
+            f"Go on from the last checkpoint (--accept-changes) with a lower {keys[0]}, {keys[1]} or "
+            f"{keys[2]}{precision}"
+        )
 
     @property
     def _last_step(self) -> "_Step":

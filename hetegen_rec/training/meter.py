@@ -25,6 +25,11 @@ class Meter:
         self._terms: dict[str, Tensor] = {}
         self._fields: tuple[Tensor, Tensor] | None = None
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no step was added to the window, as where all were skipped."""
+        return self._steps == 0
+
     def add(self, outputs: Outputs, rows: int) -> None:
         """Adds one step of `rows` rows over all ranks."""
         self._steps += 1

@@ -247,6 +247,8 @@ class Trainer:
             self._save()
 
     def _log_window(self, progress: StageProgress) -> None:
+        if self._meter.is_empty:
+            return
         network, step = self.model.network, self.state.step
         values = self._meter.read(network.difficulty, network.fields)
         self._meter.reset()
