@@ -143,14 +143,28 @@ class HeteGenNetwork(nn.Module):
         return loss, Outputs(batch, logits.detach() if logits is not None else None, shown, fields)
 
     def score(self, tokens: Tensor, present: Tensor) -> Tensor:
-        """Click logits [B] of clean rows, the label masked."""
-        rows = tokens.shape[0]
-        masked = torch.full((rows,), LABEL_MASK_ID, device=tokens.device)
-        level = torch.zeros(rows, device=tokens.device)
-        hidden = self.denoiser(tokens, masked, level, self.guidance(), self._padding(present))
+        """Click logits [B] of rows taken as clean, the label masked.
+
+        Args:
+            tokens: [B, T, D], looked up or put in their place.
+            present: [B, T] bool, False for positions that do not exist.
+        """
+        hidden = self.denoise(tokens, present, tokens.new_zeros(tokens.shape[0], dtype=torch.float32))
         if self.ctr_head is None or not self.scores_clicks:
             return self.label_head(hidden).float()
         return self.ctr_head(tokens, hidden, present).float()
+
+    def denoise(self, tokens: Tensor, present: Tensor, noise_level: Tensor) -> Tensor:
+        """Hidden vectors [B, T + 1, D] of rows [B, T, D] at noise levels [B], the label masked."""
+        masked = torch.full((tokens.shape[0],), LABEL_MASK_ID, device=tokens.device)
+        return self.denoiser(tokens, masked, noise_level, self.guidance(), self._padding(present))
+
+    @property
+    def mask_tokens(self) -> Tensor | None:
+        """[T, D]: the [MASK] vector of every token; None if no stage up to this one has trained them."""
+        if self.stage == "scratch":
+            return None
+        return self.corruption.mask_vectors[self.corruption.field_of_token]
 
     def guidance(self) -> Guidance:
         """Gains and key biases over the T + 1 elements; the label and unscored fields are neutral."""
