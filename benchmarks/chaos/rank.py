@@ -38,7 +38,7 @@ from benchmarks.chaos.records import (
 from hetegen_rec import jobs
 from hetegen_rec.cli import main as hetegen
 from hetegen_rec.launching.relaunch import relaunch
-from hetegen_rec.models.hetegen import Outputs
+from hetegen_rec.models.network import Outputs
 from hetegen_rec.training import stages, trainer
 from hetegen_rec.training.checkpoint import METADATA, Checkpoints
 from hetegen_rec.training.checkpoint_store import Store, _DigestingStream

@@ -1,11 +1,8 @@
 """The assembly: sharded tables in front, the denoising network behind, one loss per stage."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torchrec import KeyedTensor
 
 from hetegen_rec.config.errors import ConfigError
 from hetegen_rec.config.run import ModelConfig, Stage, StageConfig, TrainConfig
@@ -18,26 +15,13 @@ from hetegen_rec.models.corruption import LABEL_MASK_ID, Corrupted, Corruption, 
 from hetegen_rec.models.ctr import LabelHead, MLPHead
 from hetegen_rec.models.denoiser import Denoiser
 from hetegen_rec.models.difficulty import FieldLosses, Probe
-from hetegen_rec.models.embedding import TokenAssembly, build_tables, table_shapes
+from hetegen_rec.models.embedding import build_tables, table_shapes
+from hetegen_rec.models.network import ClickNetwork, Outputs
 from hetegen_rec.models.reconstruction import Reconstruction, RowLosses
 from hetegen_rec.models.reduction import mean_over_ranks, num_ranks, sum_over_ranks
 
 _LEAST_REAL = 1e-6
 """Weight of a rank without real rows, so that a step of which every row was skipped divides by no zero."""
-
-
-@dataclass
-class Outputs:
-    """What a step shows besides its loss; everything detached."""
-
-    batch: Batch
-    """The batch that was trained: pipelines read ahead, so the reader may stand behind it."""
-    logits: Tensor | None
-    """[B] click logits of the clean rows; None in a pre-training step."""
-    terms: dict[str, Tensor]
-    """Scalars that the loss is the sum of (the label term counts once, the rest as named)."""
-    fields: FieldLosses | None = None
-    """Per-field reconstruction losses of the global batch, in generative steps."""
 
 
 class HeteGen(nn.Module):
@@ -46,7 +30,7 @@ class HeteGen(nn.Module):
     Its forward is one line because the sparse pipeline traces it symbolically.
     """
 
-    def __init__(self, ebc: nn.Module, network: "HeteGenNetwork") -> None:
+    def __init__(self, ebc: nn.Module, network: ClickNetwork) -> None:
         super().__init__()
         self.ebc = ebc
         self.network = network
@@ -56,7 +40,7 @@ class HeteGen(nn.Module):
         return self.network(self.ebc(batch.kjt), batch)
 
 
-class HeteGenNetwork(nn.Module):
+class HeteGenNetwork(ClickNetwork):
     """Corruption, denoiser, heads and difficulty: everything that is replicated.
 
     Stages (docs/method.md section 7): `pretrain` reconstructs noised rows, the label among them; `finetune`
@@ -75,11 +59,7 @@ class HeteGenNetwork(nn.Module):
         table_l2: float = 0.0,
         autocast: bool = False,
     ) -> None:
-        super().__init__()
-        self.stage, self.config = stage, model
-        self.table_l2, self.autocast = table_l2, autocast
-        shapes = table_shapes(schema, statistics, model.dim)
-        self.assembly = TokenAssembly(schema, shapes, model.dim)
+        super().__init__(schema, statistics, model, stage, table_l2=table_l2, autocast=autocast)
         self.reconstruction = Reconstruction(schema, statistics, model.dim, model.reconstruction)
         self.fields = self.reconstruction.fields
         self.corruption = Corruption(
@@ -105,11 +85,6 @@ class HeteGenNetwork(nn.Module):
         """Whether this stage reconstructs noised rows."""
         return self.stage in ("pretrain", "joint")
 
-    @property
-    def scores_clicks(self) -> bool:
-        """Whether this stage trains the click head."""
-        return self.stage != "pretrain"
-
     def _freeze_unused(self) -> None:
         """What a stage does not train gets no gradient, no decay and no traffic."""
         if not self.is_generative:
@@ -120,27 +95,6 @@ class HeteGenNetwork(nn.Module):
         reads_label = self.scores_clicks and self.ctr_head is None
         if not (diffuses_label or reads_label):
             _freeze(self.label_head)
-
-    def forward(self, looked_up: KeyedTensor, batch: Batch) -> tuple[Tensor, Outputs]:
-        """Looked-up rows and the batch they belong to -> loss and outputs."""
-        device = batch.labels.device.type
-        with torch.autocast(device, torch.bfloat16, enabled=self.autocast):
-            tokens, norms = self.assembly(looked_up)
-            present = batch.ids >= 0
-            logits = None
-            terms: dict[str, Tensor] = {}
-            if self.scores_clicks or not self.training:
-                logits = self.score(tokens, present)
-                terms["click"] = _click_loss(logits, batch)
-            fields = None
-            if self.is_generative and self.training:
-                generative, fields = self._generate(tokens, present, batch)
-                terms.update(generative)
-            if self.table_l2 and self.training:
-                terms["table_l2"] = self.table_l2 * _unbiased_l2(norms, batch)
-        loss = torch.stack(list(terms.values())).sum()
-        shown = {name: term.detach() for name, term in terms.items()}
-        return loss, Outputs(batch, logits.detach() if logits is not None else None, shown, fields)
 
     def score(self, tokens: Tensor, present: Tensor) -> Tensor:
         """Click logits [B] of rows taken as clean, the label masked.
@@ -176,9 +130,12 @@ class HeteGenNetwork(nn.Module):
     def _padding(self, present: Tensor) -> Tensor | None:
         return functional.pad(~present, (0, 1)) if self.has_padding else None
 
-    def _generate(
+    def generative_terms(
         self, tokens: Tensor, present: Tensor, batch: Batch
-    ) -> tuple[dict[str, Tensor], FieldLosses]:
+    ) -> tuple[dict[str, Tensor], FieldLosses | None]:
+        """The balanced reconstruction of the noised rows, and its per-field losses."""
+        if not self.is_generative:
+            return {}, None
         noise = RowNoise(batch, tokens.shape[1])
         corrupted = self.corruption(tokens, batch, noise)
         hidden = self.denoiser(
@@ -291,23 +248,6 @@ def build_model(
             "`mask`"
         )
     return HeteGen(build_tables(schema, table_shapes(schema, statistics, model.dim)), network)
-
-
-def _click_loss(logits: Tensor, batch: Batch) -> Tensor:
-    """Binary cross-entropy: this rank's share of the mean over the real rows of the global batch."""
-    real = (batch.row_ids >= 0).float()
-    loss = functional.binary_cross_entropy_with_logits(logits, batch.labels, reduction="none")
-    return (loss * real).sum() * num_ranks() / batch.num_real_rows
-
-
-def _unbiased_l2(norms: Tensor, batch: Batch) -> Tensor:
-    """Estimate of 1/2 ||E||^2 over whole tables from looked-up rows (docs/method.md section 10, derived).
-
-    A table row that a training row looks up q times in the mean stands in the global batch of B rows
-    B q times; weighting each by 1 / (B q) makes the expectation the sum over all rows, of which this is
-    the rank's share. Padding has norm 0.
-    """
-    return 0.5 * (norms * torch.exp(-batch.log_rate)).sum() * num_ranks() / batch.num_real_rows
 
 
 def _one_hot_bins(level: Tensor, num_bins: int) -> Tensor:

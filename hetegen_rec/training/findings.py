@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hetegen_rec.config.schema import Schema
-from hetegen_rec.models.hetegen import Outputs
+from hetegen_rec.models.network import Outputs
 
 MAX_SQUARED_NORM = torch.finfo(torch.float32).max / 2**32
 """Of a rank's gradients. What is left to the largest float is room for the sums that follow: over ranks,

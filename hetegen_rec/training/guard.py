@@ -15,7 +15,7 @@ from hetegen_rec.config.run import TrainConfig
 from hetegen_rec.config.schema import Schema
 from hetegen_rec.distributed.optimizers import GatedOptimizer
 from hetegen_rec.distributed.runtime import Runtime
-from hetegen_rec.models.hetegen import HeteGenNetwork, Outputs
+from hetegen_rec.models.network import ClickNetwork, Outputs
 from hetegen_rec.models.reduction import sum_over_ranks
 from hetegen_rec.training.findings import MAX_SQUARED_NORM, Evidence, Finding, find, tell
 
@@ -96,9 +96,7 @@ class NumericalGuard:
     and dropout has drawn its masks.
     """
 
-    def __init__(
-        self, network: HeteGenNetwork, schema: Schema, config: TrainConfig, runtime: Runtime
-    ) -> None:
+    def __init__(self, network: ClickNetwork, schema: Schema, config: TrainConfig, runtime: Runtime) -> None:
         """Watches from now on.
 
         Args:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hetegen_rec.models.difficulty import Difficulty
-from hetegen_rec.models.hetegen import Outputs
+from hetegen_rec.models.network import Outputs
 from hetegen_rec.models.reduction import mean_over_ranks
 
 

@@ -21,7 +21,7 @@ from hetegen_rec.evaluation.gather import evaluate_predictions
 from hetegen_rec.evaluation.predictions import Predictions
 from hetegen_rec.evaluation.slices import head_threshold
 from hetegen_rec.files import replace_directory
-from hetegen_rec.models.hetegen import Outputs
+from hetegen_rec.models.network import Outputs
 
 
 @torch.no_grad()

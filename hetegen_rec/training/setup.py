@@ -18,7 +18,8 @@ from hetegen_rec.distributed.optimizers import attach_table_optimizer
 from hetegen_rec.distributed.planning import PlannedTable, agree_on_plan, plan_summary
 from hetegen_rec.distributed.runtime import Runtime
 from hetegen_rec.distributed.sharding import init_tables, shard_model
-from hetegen_rec.models.hetegen import HeteGenNetwork, build_model
+from hetegen_rec.models.hetegen import build_model
+from hetegen_rec.models.network import ClickNetwork
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ class ShardedModel:
     """A model spread over the ranks."""
 
     dmp: DistributedModelParallel
-    network: HeteGenNetwork
+    network: ClickNetwork
     """The replicated part; the same object that `dmp` wraps."""
     plan: list[PlannedTable]
 

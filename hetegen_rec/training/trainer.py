@@ -22,7 +22,7 @@ from hetegen_rec.distributed.runtime import Runtime
 from hetegen_rec.distributed.schedule import LearningRates
 from hetegen_rec.distributed.signals import StopRequest
 from hetegen_rec.distributed.watchdog import Watchdog
-from hetegen_rec.models.hetegen import Outputs
+from hetegen_rec.models.network import Outputs
 from hetegen_rec.training.agreement import Agreement, Wishes
 from hetegen_rec.training.checkpoint_writer import Best, CheckpointWriter
 from hetegen_rec.training.guard import NumericalGuard
