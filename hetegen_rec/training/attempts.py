@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -59,17 +59,38 @@ def end_attempt(config: RunConfig, stage: Stage, state: StageState) -> None:
     write_whole(config.stage_dir(stage) / _DONE, json.dumps(done))
 
 
-def clear_attempt(config: RunConfig, stage: Stage) -> None:
-    """Removes what earlier attempts left in the stage's directory."""
+def clear_attempt(config: RunConfig, stage: Stage, clear_checkpoints: Callable[[], None]) -> None:
+    """Removes what earlier attempts left of a stage.
+
+    Wherever it is cut off, no checkpoint is left without its configuration, and no finished stage without a
+    checkpoint.
+
+    Args:
+        config: the run.
+        stage: which one.
+        clear_checkpoints: removes the stage's checkpoints, which may lie elsewhere.
+    """
     directory = config.stage_dir(stage)
+    (directory / _DONE).unlink(missing_ok=True)
+    clear_checkpoints()
     if directory.exists():
         shutil.rmtree(directory)
+
+
+def knows_configuration(config: RunConfig, stage: Stage) -> bool:
+    """Whether the stage's directory says what an earlier attempt was trained with."""
+    return (config.stage_dir(stage) / _CONFIG).exists()
+
+
+def is_finished(config: RunConfig, stage: Stage) -> bool:
+    """Whether the stage was finished, under whatever budget."""
+    return (config.stage_dir(stage) / _DONE).exists()
 
 
 def is_done(config: RunConfig, stage: Stage) -> bool:
     """Whether the stage was finished under this configuration and budget."""
     earlier = _earlier_config(config.stage_dir(stage))
-    if earlier is None or not (config.stage_dir(stage) / _DONE).exists():
+    if earlier is None or not is_finished(config, stage):
         return False
     budgets = [
         (one.train.max_steps, *(getattr(one.stage(stage), k) for k in _BUDGET)) for one in (earlier, config)
@@ -90,8 +111,25 @@ def check_attempt(config: RunConfig, stage: Stage, *, accept_changes: bool = Fal
     """
     directory = config.stage_dir(stage)
     earlier = _earlier_config(directory)
-    if earlier is None:
-        return
+    if earlier is not None:
+        check_changes(earlier, config, stage, str(directory), accept_changes=accept_changes)
+
+
+def check_changes(
+    earlier: RunConfig, config: RunConfig, stage: Stage, where: str, *, accept_changes: bool
+) -> None:
+    """Refuses to go on with what was trained with an earlier configuration, as `check_attempt` does.
+
+    Args:
+        earlier: what it was trained with.
+        config: the run.
+        stage: which one.
+        where: its directory or URL, for the message.
+        accept_changes: whether settings may differ that say how to train, such as learning rates.
+
+    Raises:
+        ConfigError: naming what has changed, and what to do.
+    """
     changes = _changes(earlier, config, stage)
     fixed = [key for key in changes if _is_below(key, _FIXED)]
     if not changes or (accept_changes and not fixed):
@@ -101,7 +139,7 @@ def check_attempt(config: RunConfig, stage: Stage, *, accept_changes: bool = Fal
     more = f"; and {len(named) - 4} more" if len(named) > 4 else ""
     way_on = "" if fixed else "go on with the new values by --accept-changes, "
     raise ConfigError(
-        f"{directory} holds a stage trained with another configuration: {shown}{more}. Restore that, {way_on}"
+        f"{where} holds a stage trained with another configuration: {shown}{more}. Restore that, {way_on}"
         "set another `run_dir`, or replace the earlier stage with --fresh"
     )
 

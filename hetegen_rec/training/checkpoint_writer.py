@@ -33,7 +33,7 @@ from hetegen_rec.training.checkpoint import (
     step_name,
     written_steps,
 )
-from hetegen_rec.training.checkpoint_store import sealed
+from hetegen_rec.training.checkpoint_store import sealed, unsealed
 from hetegen_rec.training.staging import HostCopies
 
 logger = logging.getLogger(__name__)
@@ -81,6 +81,10 @@ class CheckpointWriter:
         self._failure: Exception | None = None
         self._failed_in_a_row = 0
 
+    def reserve(self, model: DistributedModelParallel, optimizer: KeyedOptimizer) -> None:
+        """Makes the buffers of the copies, so that a host without the memory fails before the first step."""
+        self._copy(model, optimizer)
+
     def save(
         self,
         step: int,
@@ -104,8 +108,7 @@ class CheckpointWriter:
             CheckpointError: too many writes failed in a row.
         """
         self.wait()
-        optimizer_state = canonical_optimizer_state(optimizer.state_dict())
-        state = self._copies.take({"model": model.state_dict(), "optimizer": optimizer_state})
+        state = self._copy(model, optimizer)
         self._thread = Thread(
             target=self._write_or_fail,
             args=(step, state, dict(metadata), best),
@@ -113,6 +116,19 @@ class CheckpointWriter:
             daemon=True,  # a process that fails elsewhere must not wait for a collective of it
         )
         self._thread.start()
+
+    def relabel(self, step: int, metadata: Mapping[str, Any], best: Best | None = None) -> None:
+        """Renews what the checkpoint of a step says, where nothing was trained since it was loaded.
+
+        It is complete at any moment, which it would not be if it were written again.
+        """
+        self.wait()
+        name = f"{step_name(step)}/{METADATA}"
+        with self._background.together(f"renewing {self._store.path(name)}"):
+            if self._background.is_main:
+                description = unsealed(self._store.read_text(name))
+                renewed = {"metadata": dict(metadata), "best": None if best is None else asdict(best)}
+                self._store.write_text(name, sealed({**description, **renewed}))
 
     def wait(self) -> None:
         """Waits until the checkpoint under way is written or has failed.
@@ -151,8 +167,13 @@ class CheckpointWriter:
         """Waits for the last checkpoint; where training ends with an error anyway, not for long."""
         if error is None:
             self.finish()
+            dist.destroy_process_group(self._background.host_group)
         elif self._thread is not None:
             self._thread.join(_SECONDS_AFTER_ERROR)
+
+    def _copy(self, model: DistributedModelParallel, optimizer: KeyedOptimizer) -> dict[str, Any]:
+        optimizer_state = canonical_optimizer_state(optimizer.state_dict())
+        return self._copies.take({"model": model.state_dict(), "optimizer": optimizer_state})
 
     def _join(self) -> None:
         if self._thread is not None:

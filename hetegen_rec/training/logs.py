@@ -24,12 +24,15 @@ _POSITIONS = ("epoch", "rows")
 class RunLog:
     """One stage's log.jsonl and TensorBoard files; does nothing on ranks other than 0."""
 
-    def __init__(self, directory: Path, steps_done: int, *, enabled: bool, tensorboard: bool) -> None:
+    def __init__(
+        self, directory: Path, steps_done: int, *, is_evaluated: bool, enabled: bool, tensorboard: bool
+    ) -> None:
         """Opens the files of a directory.
 
         Args:
             directory: of the stage; may hold the log of an earlier attempt.
             steps_done: where this attempt starts: what the earlier one wrote of later steps is dropped.
+            is_evaluated: whether that step's evaluation, if it had one, counts too.
             enabled: whether to write at all.
             tensorboard: whether to write curves, too.
         """
@@ -40,7 +43,7 @@ class RunLog:
             return
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / "log.jsonl"
-        write_whole(path, "".join(_lines_until(path, steps_done)))
+        write_whole(path, "".join(_lines_until(path, steps_done, is_evaluated)))
         self._file = path.open("a", encoding="utf-8")
         if tensorboard:
             self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=steps_done + 1)
@@ -68,17 +71,18 @@ class RunLog:
             self._writer.close()
 
 
-def _lines_until(path: Path, step: int) -> Iterator[str]:
+def _lines_until(path: Path, step: int, is_evaluated: bool) -> Iterator[str]:
     """The lines of a log that tell of steps up to one; a line that a kill cut off is dropped."""
     if not path.exists():
         return
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         try:
-            told = json.loads(line)["step"]
+            told = json.loads(line)
+            is_repeated = told["event"] == "evaluation" and not is_evaluated
+            if told["step"] < step or (told["step"] == step and not is_repeated):
+                yield line
         except (ValueError, KeyError, TypeError):
             continue
-        if told <= step:
-            yield line
 
 
 def _flatten(values: dict[str, Any], prefix: str) -> list[tuple[str, float]]:

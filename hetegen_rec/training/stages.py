@@ -22,10 +22,13 @@ from hetegen_rec.models.reconstruction import check_growth
 from hetegen_rec.training.attempts import (
     begin_attempt,
     check_attempt,
+    check_changes,
     clear_attempt,
     end_attempt,
     is_done,
+    is_finished,
     is_of_job,
+    knows_configuration,
 )
 from hetegen_rec.training.checkpoint import CheckpointError, CheckpointInfo, Checkpoints, schema_fingerprint
 from hetegen_rec.training.checkpoint_writer import CheckpointWriter
@@ -134,6 +137,11 @@ def open_trainer(
     checkpoints = open_checkpoints(config, stage, statistics, runtime)
     newest = None if fresh else checkpoints.latest()
     if newest is not None:
+        if not knows_configuration(
+            config, stage
+        ):  # a run directory that was lost, with checkpoints elsewhere
+            earlier = RunConfig.model_validate(newest.metadata["config"])
+            check_changes(earlier, config, stage, newest.location, accept_changes=accept_changes)
         load_checkpoint(config, checkpoints, newest, statistics, model, optimizer)
         state = _state_of(newest, statistics, readers[0])
         _check_budget(config, stage, state)
@@ -147,8 +155,7 @@ def open_trainer(
     with runtime.together(f"opening {directory}"):
         if runtime.is_main:
             if newest is None:
-                clear_attempt(config, stage)
-                checkpoints.clear()
+                clear_attempt(config, stage, checkpoints.clear)
             begin_attempt(config, stage, runtime.job_id)
     kept = config.checkpoints
     stop = StopRequest()
@@ -159,8 +166,15 @@ def open_trainer(
         CheckpointWriter(
             checkpoints, runtime, keep=kept.keep, failed_writes_allowed=kept.failed_writes_allowed
         ) as writer,
-        RunLog(directory, state.step, enabled=runtime.is_main, tensorboard=config.train.tensorboard) as log,
+        RunLog(
+            directory,
+            state.step,
+            is_evaluated=not state.evaluation_due,
+            enabled=runtime.is_main,
+            tensorboard=config.train.tensorboard,
+        ) as log,
     ):
+        writer.reserve(model.dmp, optimizer)
         yield Trainer(
             config, stage, model, optimizer, statistics, readers, state, writer, log, stop, watchdog, runtime
         )
@@ -226,6 +240,10 @@ def _load_start(
     if named is None:
         checkpoints = open_checkpoints(config, "pretrain", statistics, runtime)
         info = _newest(checkpoints)
+        if runtime.is_main and not is_finished(config, "pretrain"):
+            logger.warning(
+                "pretrain was not finished; finetune starts from its newest checkpoint all the same"
+            )
     else:
         checkpoints = open_checkpoints(config, stage, statistics, runtime)
         info = checkpoints.check(named)

@@ -269,7 +269,6 @@ class Trainer:
             state.evaluations_without_gain = 0 if is_best else state.evaluations_without_gain + 1
             progress.note(f"valid AUC {auc:.4f}" + (" (best)" if is_best else ""))
         state.evaluation_due = False
-        self._count_skipped_rows()
         self._save(metrics, Best("auc", state.best_auc) if is_best else None)
 
     def _count_skipped_rows(self) -> None:
@@ -330,7 +329,7 @@ class Trainer:
         state, now = self.state, time.monotonic()
         state.seconds += now - self._timed_at
         self._saved_at = self._timed_at = now
-        self._saved_step = state.step
+        self._count_skipped_rows()
         metadata = {
             "stage": self.stage,
             "state": state.as_json(),
@@ -339,9 +338,14 @@ class Trainer:
             },
             "metrics": metrics or {},
             "plan": plan_as_json(self.model.plan),
+            "config": self.config.model_dump(mode="json"),
         }
         with self.watchdog.paused(f"saving step {state.step} of {self.stage}"):
-            self.writer.save(state.step, self.model.dmp, self.optimizer, metadata, best)
+            if state.step == self._saved_step:  # an evaluation that was due when the stage was resumed
+                self.writer.relabel(state.step, metadata, best)
+            else:
+                self.writer.save(state.step, self.model.dmp, self.optimizer, metadata, best)
+        self._saved_step = state.step
 
     def _make_pipeline(self) -> TrainPipelineBase | TrainPipelineSparseDist:
         kind = TrainPipelineSparseDist if self.config.train.pipeline == "sparse_dist" else TrainPipelineBase

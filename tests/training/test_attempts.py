@@ -62,8 +62,8 @@ def test_clearing_removes_everything_of_the_stage_only(config):
     finish(config)
     (config.stage_dir("joint") / "checkpoints" / "step-1").mkdir(parents=True)
     begin_attempt(config, "scratch", "job-1")
-    clear_attempt(config, "joint")
-    clear_attempt(config, "pretrain")
+    clear_attempt(config, "joint", lambda: None)
+    clear_attempt(config, "pretrain", lambda: None)
     assert [path.name for path in Path(config.run_dir).iterdir()] == ["scratch"]
 
 
@@ -150,5 +150,5 @@ def test_an_attempt_belongs_to_the_job_that_began_it(config):
     begin_attempt(config, "scratch", "job-1")
     assert is_of_job(config, "scratch", "job-1")
     assert not is_of_job(config, "scratch", "job-2")
-    clear_attempt(config, "scratch")
+    clear_attempt(config, "scratch", lambda: None)
     assert not is_of_job(config, "scratch", "job-1")

@@ -19,7 +19,7 @@ LINE = {
 
 
 def test_every_number_of_a_line_is_a_curve_with_a_name_that_says_what_it_is(tmp_path):
-    with RunLog(tmp_path, 0, enabled=True, tensorboard=True) as log:
+    with RunLog(tmp_path, 0, is_evaluated=True, enabled=True, tensorboard=True) as log:
         log.write("train", 10, LINE)
         log.write("evaluation", 10, {"epoch": 0.5, "split": "valid", "auc": 0.75})
     curves = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
@@ -43,7 +43,7 @@ def test_every_number_of_a_line_is_a_curve_with_a_name_that_says_what_it_is(tmp_
 
 
 def test_other_ranks_write_nothing(tmp_path):
-    with RunLog(tmp_path / "stage", 0, enabled=False, tensorboard=True) as log:
+    with RunLog(tmp_path / "stage", 0, is_evaluated=True, enabled=False, tensorboard=True) as log:
         log.write("train", 10, LINE)
     assert not list(tmp_path.iterdir())
 
@@ -53,10 +53,10 @@ def steps_in(path):
 
 
 def test_an_attempt_that_goes_on_drops_what_the_one_before_wrote_of_later_steps(tmp_path):
-    with RunLog(tmp_path, 0, enabled=True, tensorboard=True) as log:
+    with RunLog(tmp_path, 0, is_evaluated=True, enabled=True, tensorboard=True) as log:
         for step in range(10, 51, 10):
             log.write("train", step, {"loss": 1.0})
-    with RunLog(tmp_path, 30, enabled=True, tensorboard=True) as log:
+    with RunLog(tmp_path, 30, is_evaluated=True, enabled=True, tensorboard=True) as log:
         assert steps_in(tmp_path / "log.jsonl") == [10, 20, 30]
         log.write("train", 40, {"loss": 2.0})
     assert steps_in(tmp_path / "log.jsonl") == [10, 20, 30, 40]
@@ -84,6 +84,23 @@ def test_a_line_that_a_kill_cut_off_is_dropped(rest, tmp_path):
     path = tmp_path / "log.jsonl"
     text = json.dumps({"event": "train", "step": 10}) + "\n" + rest
     path.write_bytes(text.encode(errors="surrogateescape"))
-    with RunLog(tmp_path, 20, enabled=True, tensorboard=False) as log:
+    with RunLog(tmp_path, 20, is_evaluated=True, enabled=True, tensorboard=False) as log:
         log.write("train", 30, {"loss": 1.0})
     assert steps_in(path) == [10, 30]
+
+
+def test_an_evaluation_that_is_to_be_repeated_is_dropped(tmp_path):
+    with RunLog(tmp_path, 0, is_evaluated=True, enabled=True, tensorboard=False) as log:
+        for step in (10, 20):
+            log.write("train", step, {"loss": 0.5})
+            log.write("evaluation", step, {"auc": 0.6})
+    with RunLog(tmp_path, 20, is_evaluated=False, enabled=True, tensorboard=False) as log:
+        log.write("evaluation", 20, {"auc": 0.7})
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(line["event"], line["step"]) for line in lines] == [
+        ("train", 10),
+        ("evaluation", 10),
+        ("train", 20),
+        ("evaluation", 20),
+    ]
+    assert lines[-1]["auc"] == 0.7
