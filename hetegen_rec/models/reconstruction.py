@@ -138,14 +138,21 @@ class FullSoftmax(nn.Module):
         targets = torch.stack([corrupted.is_target[:, p] for p in self.positions.values()], dim=1)
         losses = []
         for column, (name, position) in enumerate(self.positions.items()):
-            logits = self.classes[name](hidden[:, position]).float()  # [B, V]
-            classes = (batch.ids[:, position] - NUM_RESERVED_IDS).clamp(min=0)
-            if name in self.bags:
-                loss = _bag_cross_entropy(logits, batch, name)
-            else:
-                loss = functional.cross_entropy(logits, classes, reduction="none")
+            loss = self.cross_entropy(name, self.logits(name, hidden[:, position]), batch)
             losses.append(torch.where(targets[:, column], loss, 0.0))
         return RowLosses(torch.stack(losses, dim=1), targets, self.chance, self.baseline)
+
+    def logits(self, name: str, hidden: Tensor) -> Tensor:
+        """Hidden vectors [B, D] of one field's token -> [B, V] over its ids from 2 up."""
+        logits: Tensor = self.classes[name](hidden).float()
+        return logits
+
+    def cross_entropy(self, name: str, logits: Tensor, batch: Batch) -> Tensor:
+        """[B]: of the values that the rows have, whether or not they are targets."""
+        if name in self.bags:
+            return _bag_cross_entropy(logits, batch, name)
+        classes = (batch.ids[:, self.positions[name]] - NUM_RESERVED_IDS).clamp(min=0)
+        return functional.cross_entropy(logits, classes, reduction="none")
 
 
 def _bag_cross_entropy(logits: Tensor, batch: Batch, name: str) -> Tensor:
@@ -179,6 +186,7 @@ class SampledSoftmax(nn.Module):
     def __init__(self, schema: Schema, names: list[str], dim: int, config: ReconstructionConfig) -> None:
         super().__init__()
         self.num_candidates = config.num_candidates
+        self.names = names
         self.spans = [schema.span(name) for name in names]
         self.query = nn.Parameter(torch.eye(dim).repeat(len(names), 1, 1))
         initial = math.log(config.temperature)
@@ -208,6 +216,12 @@ class SampledSoftmax(nn.Module):
         loss = torch.logsumexp(logits, -1) - positive  # [F, B]
         chance = torch.log1p(valid.sum(1).clamp(min=1).float())
         return RowLosses(torch.where(is_target, loss.T, 0.0), is_target, chance, chance)
+
+    def queries(self, name: str, hidden: Tensor) -> Tensor:
+        """Hidden vectors [B, D] of one field -> [B, D], whose products with unit vectors are logits."""
+        column = self.names.index(name)
+        query = functional.normalize((hidden @ self.query[column]).float(), dim=-1)
+        return query / self.temperature()[column]
 
     def temperature(self) -> Tensor:
         """[F]: temperatures with a floor, which passes gradients on, or none could leave it again."""
