@@ -32,7 +32,7 @@ class Outcome:
     tensors: dict[str, Tensor]
     """All of the newest checkpoint, by path: weights and optimizer state."""
     values: dict[str, Any]
-    """Everything else that has to be the same in every run, by name."""
+    """Everything else that has to be the same in every run, by path."""
     num_rows: int
     """Rows of the training split."""
     epochs: int
@@ -51,14 +51,15 @@ def read_outcome(stage_dir: Path) -> Outcome:
     newest = max(complete_steps(store), default=0)
     info = read_info(store.path(step_name(newest)))
     state, evaluation = info.metadata["state"], read_evaluation(stage_dir)
+    values = {
+        "state": {key: value for key, value in state.items() if key != "seconds"},
+        "validation": info.metadata["metrics"],
+        "best checkpoint": best_step(store),
+        "evaluation": evaluation and evaluation["splits"],
+    }
     return Outcome(
         tensors=_read_tensors(info),
-        values={
-            "state": {key: value for key, value in state.items() if key != "seconds"},
-            "metrics of the last validation": info.metadata["metrics"],
-            "best checkpoint": best_step(store),
-            "final evaluation": evaluation and evaluation["splits"],
-        },
+        values=dict(_leaves(values)),
         num_rows=info.metadata["rows"]["train"]["num_rows"],
         epochs=state["cursor"]["epoch"] + 1,
         steps=newest,
@@ -69,18 +70,16 @@ def _read_tensors(info: CheckpointInfo) -> dict[str, Tensor]:
     with TemporaryDirectory() as directory:
         path = Path(directory) / "state.pt"
         dcp_to_torch_save(info.location, path)
-        return dict(_tensors(torch.load(path, weights_only=True)))
+        return dict(_leaves(torch.load(path, weights_only=True)))
 
 
-def _tensors(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The leaves of nested dictionaries by path."""
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """What nested dictionaries hold, by path."""
     for key, value in values.items():
         if isinstance(value, Mapping):
-            yield from _tensors(value, f"{prefix}{key}/")
-        elif isinstance(value, Tensor):
-            yield f"{prefix}{key}", value
+            yield from _leaves(value, f"{prefix}{key}/")
         else:
-            raise TypeError(f"{prefix}{key}: {type(value).__name__} in a checkpoint is compared with nothing")
+            yield f"{prefix}{key}", value
 
 
 def tensor_problems(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
@@ -109,11 +108,11 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 def value_problems(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
     """What is not equal."""
-    return [
-        f"{name}: {found.get(name)}, not {expected[name]}"
-        for name in expected
-        if found.get(name) != expected[name]
-    ]
+    names = sorted({*expected, *found})
+    differing = [name for name in names if expected.get(name) != found.get(name)]
+    return _shortened(
+        [f"{name} is {found.get(name)}, not {expected.get(name)}" for name in differing], "values"
+    )
 
 
 def effective_steps(attempts: Sequence[Attempt]) -> dict[int, dict[int, TrainedRows]]:
