@@ -14,8 +14,10 @@ from pydantic import (
     model_validator,
 )
 
+from hetegen_rec.config.backbone import BackboneConfig
 from hetegen_rec.config.errors import Section
 from hetegen_rec.config.schema import Schema
+from hetegen_rec.config.values import Probability, Texts, Widths, as_tuple
 
 Stage: TypeAlias = Literal["pretrain", "finetune", "joint", "scratch"]
 Split: TypeAlias = Literal["train", "valid", "test"]
@@ -46,17 +48,6 @@ TableOptimizer: TypeAlias = Literal[
 ]
 CommunicationPrecision: TypeAlias = Literal["fp32", "fp16", "bf16", "int8"]
 
-Probability = Annotated[float, Field(ge=0.0, le=1.0)]
-
-
-def _as_tuple(value: object) -> object:
-    if isinstance(value, str):
-        return (value,)
-    return tuple(value) if isinstance(value, list) else value
-
-
-Paths: TypeAlias = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
-
 
 class SourceConfig(Section):
     """A data set that the project can bring itself, written as raw Parquet under `data.raw_dir`."""
@@ -84,11 +75,11 @@ class DataConfig(Section):
     """A built-in data set to bring first; none for your own data."""
     raw_dir: str | None = None
     """Where a built-in data set is written."""
-    train: Paths = ()
+    train: Texts = ()
     """Raw files of the training split: paths or globs of Parquet, CSV or TSV files (one format)."""
-    valid: Paths = ()
+    valid: Texts = ()
     """Raw files of the validation split."""
-    test: Paths = ()
+    test: Texts = ()
     """Raw files of the test split; may be left out."""
     prepared_dir: str
     """Where `prepare` writes statistics, vocabularies and encoded shards."""
@@ -223,7 +214,7 @@ class CTRConfig(Section):
 
     head: Literal["label_token", "mlp"] = "mlp"
     """`label_token` reads the denoiser's label token; `mlp` sees all tokens and a first-order term."""
-    hidden: Annotated[tuple[PositiveInt, ...], BeforeValidator(_as_tuple)] = (256, 128)
+    hidden: Widths = (256, 128)
     dropout: Probability = 0.0
 
 
@@ -239,13 +230,19 @@ class ModelConfig(Section):
     reconstruction: ReconstructionConfig = ReconstructionConfig()
     balance: BalanceConfig = BalanceConfig()
     ctr: CTRConfig = CTRConfig()
+    backbone: BackboneConfig = BackboneConfig()
 
     @model_validator(mode="after")
     def _check(self) -> "ModelConfig":
-        heads = self.denoiser.attention.num_heads
+        key, heads = "denoiser.attention.num_heads", self.denoiser.attention.num_heads
+        if self.backbone.name == "autoint":
+            key, heads = "backbone.num_heads", self.backbone.num_heads
         if self.dim % heads or self.dim % 4:
+            raise ValueError(f"`dim: {self.dim}` must be a multiple of 4 and of `{key}: {heads}`")
+        if self.backbone.generate and self.backbone.name == "hetegen" and self.ctr.head != "mlp":
             raise ValueError(
-                f"`dim: {self.dim}` must be a multiple of 4 and of `denoiser.attention.num_heads: {heads}`"
+                f"`backbone.generate: true` has no effect with `ctr.head: {self.ctr.head}`, which reads no "
+                "fields; remove it, or take `ctr.head: mlp`"
             )
         return self
 
@@ -355,7 +352,7 @@ class CheckpointConfig(Section):
 class TableConfig(Section):
     """What the planner may do with one table."""
 
-    sharding: Annotated[tuple[ShardingKind, ...], BeforeValidator(_as_tuple)] = ()
+    sharding: Annotated[tuple[ShardingKind, ...], BeforeValidator(as_tuple)] = ()
     """Sharding types to choose from; empty leaves the choice (never `data_parallel`)."""
     kernel: Literal["fused", "fused_uvm", "fused_uvm_caching", "dense"] | None = None
     """Compute kernel; null leaves the choice."""
@@ -420,6 +417,7 @@ class RunConfig(Section):
             raise ValueError(
                 f"`train.batch_size: {self.train.batch_size}` must be divisible by `data.lanes: {lanes}`"
             )
+        self.model.backbone.check_schema(self.features)
         if self.model.balance.form == "aligned" and not self.model.noise.label_in_set:
             raise ValueError(
                 "`model.balance.form: aligned` compares with the click gradient and needs "

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from hetegen_rec.config.run import CTRConfig
 from hetegen_rec.config.schema import Schema
+from hetegen_rec.models.generation import FeatureGenerator
 
 
 class FieldPooling(nn.Module):
@@ -34,10 +35,11 @@ class MLPHead(nn.Module):
     """An MLP over every field's row and hidden vector, plus a first-order term.
 
     The first-order term is linear in the looked-up rows, one weight vector a field: as expressive
-    as a one-dimensional table, without a second lookup.
+    as a one-dimensional table, without a second lookup. With `generate`, regenerated rows take the place of
+    the looked-up ones.
     """
 
-    def __init__(self, schema: Schema, dim: int, config: CTRConfig) -> None:
+    def __init__(self, schema: Schema, dim: int, config: CTRConfig, *, generate: bool = False) -> None:
         super().__init__()
         num_fields = len(schema.fields)
         self.pooling = FieldPooling(schema)
@@ -47,10 +49,14 @@ class MLPHead(nn.Module):
         for before, after in pairwise(widths):
             layers += [nn.Linear(before, after), nn.ReLU(), nn.Dropout(config.dropout)]
         self.mlp = nn.Sequential(*layers, nn.Linear(widths[-1], 1))
+        self.generator = FeatureGenerator(num_fields, dim) if generate else None
 
     def forward(self, tokens: Tensor, hidden: Tensor, present: Tensor) -> Tensor:
         """Clean tokens [B, T, D], hidden [B, T + 1, D], present [B, T] -> logits [B]."""
-        rows = self.pooling(tokens, present).flatten(1)
+        rows = self.pooling(tokens, present)
+        if self.generator is not None:
+            rows = self.generator(rows)
+        rows = rows.flatten(1)
         seen = self.pooling(hidden[:, :-1], present).flatten(1)
         features = torch.cat([rows, seen, hidden[:, -1]], dim=1)
         return (self.mlp(features) + self.first_order(rows)).squeeze(-1)

@@ -10,6 +10,7 @@ from hetegen_rec.config.schema import Schema
 from hetegen_rec.data.batch import Batch
 from hetegen_rec.data.statistics import Statistics
 from hetegen_rec.models.attention import Guidance
+from hetegen_rec.models.backbones.network import BackboneNetwork
 from hetegen_rec.models.balancing import make_difficulty
 from hetegen_rec.models.corruption import LABEL_MASK_ID, Corrupted, Corruption, RowNoise, uniform_of_batch
 from hetegen_rec.models.ctr import LabelHead, MLPHead
@@ -68,7 +69,11 @@ class HeteGenNetwork(ClickNetwork):
         self.denoiser = Denoiser(len(schema.tokens), model.dim, model.denoiser)
         self.difficulty = make_difficulty(len(self.fields), model.balance)
         self.label_head = LabelHead(model.dim)
-        self.ctr_head = MLPHead(schema, model.dim, model.ctr) if model.ctr.head == "mlp" else None
+        self.ctr_head = (
+            MLPHead(schema, model.dim, model.ctr, generate=model.backbone.generate)
+            if model.ctr.head == "mlp"
+            else None
+        )
         self.has_padding = any(field.kind == "sequence" for field in schema.fields)
         self._index_fields(schema)
         self._freeze_unused()
@@ -226,9 +231,15 @@ def build_model(
     stage_config: StageConfig,
     seed: int,
 ) -> HeteGen:
-    """Builds the model of one stage: tables on meta, the network seeded alike on every rank."""
+    """Builds the model of one stage: tables on meta, the network seeded alike on every rank.
+
+    Raises:
+        ConfigError: the stage cannot train this model on these data.
+    """
     torch.manual_seed(seed)
-    network = HeteGenNetwork(
+    _check_stage(stage, model)
+    kind = HeteGenNetwork if model.backbone.name == "hetegen" else BackboneNetwork
+    network = kind(
         schema,
         statistics,
         model,
@@ -236,18 +247,33 @@ def build_model(
         table_l2=stage_config.table_l2,
         autocast=train.precision == "bf16",
     )
-    if network.is_generative and not network.fields:
+    if isinstance(network, HeteGenNetwork):
+        _check_reconstruction(network)
+    return HeteGen(build_tables(schema, table_shapes(schema, statistics, model.dim)), network)
+
+
+def _check_stage(stage: Stage, model: ModelConfig) -> None:
+    if stage != "scratch" and model.backbone.name != "hetegen":
         raise ConfigError(
-            f"stage `{stage}` has nothing to reconstruct: no field of the schema has "
+            f"stage `{stage}` reconstructs rows, or goes on from a model that did, which a model with "
+            f"`model.backbone.name: {model.backbone.name}` does not; train it with `scratch`"
+        )
+
+
+def _check_reconstruction(network: HeteGenNetwork) -> None:
+    if not network.is_generative:
+        return
+    if not network.fields:
+        raise ConfigError(
+            f"stage `{network.stage}` has nothing to reconstruct: no field of the schema has "
             "`reconstruct: true` and at least two values in the training rows"
         )
-    if network.is_generative and model.noise.kind == "marginal" and not network.reconstruction.full_fields:
+    if network.config.noise.kind == "marginal" and not network.reconstruction.full_fields:
         raise ConfigError(
             "model.noise.kind: marginal takes other rows' values for fields with a full softmax, and there "
             "are none; raise `model.reconstruction.full_softmax_max` to the size of a vocabulary, or use "
             "`mask`"
         )
-    return HeteGen(build_tables(schema, table_shapes(schema, statistics, model.dim)), network)
 
 
 def _one_hot_bins(level: Tensor, num_bins: int) -> Tensor:
