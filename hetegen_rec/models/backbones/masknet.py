@@ -27,7 +27,7 @@ class MaskNet(nn.Module):
 
 
 class MaskBlock(nn.Module):
-    """`relu(norm(W (mask(row) * features)))`, the mask made by a hidden layer (sections 3.1 and 3.3)."""
+    """`relu(norm(W (mask(row) * features)))`, the mask made by a hidden layer (sections 3.2 and 3.3)."""
 
     def __init__(self, width: int, config: BackboneConfig) -> None:
         super().__init__()
