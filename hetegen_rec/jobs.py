@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torchrec.distributed import DistributedModelParallel
-
 from hetegen_rec import terminal
 from hetegen_rec.config.errors import ConfigError
 from hetegen_rec.config.run import RunConfig, Split, Stage
@@ -21,12 +19,19 @@ from hetegen_rec.evaluation.predictions import Predictions
 from hetegen_rec.evaluation.report import write_report
 from hetegen_rec.evaluation.results import read_evaluation, write_evaluation
 from hetegen_rec.evaluation.tables import results_tables
+from hetegen_rec.inference.scorer import Scorer
 from hetegen_rec.locks import directory_lock
 from hetegen_rec.training import stages
 from hetegen_rec.training.checkpoint import CheckpointInfo
 from hetegen_rec.training.progress import RowsProgress
-from hetegen_rec.training.scoring import measure, score_rows, write_predictions
-from hetegen_rec.training.setup import build_sharded, open_encoded, open_split
+from hetegen_rec.training.scoring import (
+    measure,
+    open_scorer,
+    score_rows,
+    score_rows_by,
+    write_predictions,
+)
+from hetegen_rec.training.setup import ShardedModel, build_sharded, open_encoded, open_split
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +97,9 @@ def predict(job: Job) -> None:
             write_predictions(trained.score(reader), directory, job.runtime, labelled=False)
     else:
         write_predictions(trained.score_split(job.split), directory, job.runtime)
+    account = trained.account()
     if job.runtime.is_main:
+        logger.info("scored by %s", ", ".join(f"{key} {value}" for key, value in account.items()))
         terminal.results().print(f"predictions: {directory}")
 
 
@@ -145,7 +152,8 @@ def _evaluate(job: Job) -> None:
         if split == "train":
             continue
         predictions = trained.score_split(split)
-        results[split] = measure(predictions, job.config, trained.statistics, job.runtime, temperature)
+        metrics = measure(predictions, job.config, trained.statistics, job.runtime, temperature)
+        results[split] = {**metrics, "inference": trained.account()}
         if split == "valid":
             temperature = results[split]["temperature"]
         write_predictions(predictions, trained.directory / "predictions" / split, job.runtime)
@@ -176,8 +184,10 @@ class Trained:
     runtime: Runtime
     stage: Stage
     checkpoint: CheckpointInfo
-    model: DistributedModelParallel
+    model: ShardedModel
     statistics: Statistics
+    scorer: Scorer | None
+    """The strategy of `inference.strategy`; None for `plain`."""
 
     @property
     def directory(self) -> Path:
@@ -186,11 +196,19 @@ class Trained:
 
     def score(self, reader: Reader) -> Predictions:
         """This rank's share of a reader's rows, scored."""
-        return score_rows(self.model, reader, self.runtime)
+        if self.scorer is None:
+            return score_rows(self.model.dmp, reader, self.runtime)
+        return score_rows_by(self.scorer, reader, self.runtime)
 
     def score_split(self, split: Split) -> Predictions:
         """This rank's share of a split, scored."""
         return self.score(open_split(self.config, split, self.statistics, self.runtime))
+
+    def account(self) -> dict[str, Any]:
+        """How the rows since the last account were scored, and at what cost. A collective."""
+        if self.scorer is None:
+            return {"strategy": "plain", "passes_per_row": 1.0, "time_multiple": 1.0}
+        return self.scorer.account()
 
 
 def _load_trained(job: Job) -> Trained:
@@ -205,7 +223,8 @@ def _load_trained(job: Job) -> Trained:
         )
     model = build_sharded(config, stage, statistics, runtime)
     stages.load_checkpoint(config, checkpoints, chosen, statistics, model)
-    return Trained(config, runtime, stage, chosen, model.dmp, statistics)
+    scorer = open_scorer(config, statistics, model, runtime)
+    return Trained(config, runtime, stage, chosen, model, statistics, scorer)
 
 
 def _first_trained(config: RunConfig) -> Stage:

@@ -1,4 +1,4 @@
-"""A small click log of every kind of field, its batches and its models, for the tests of this room."""
+"""A small click log of every kind of field, its batches and its models."""
 
 from typing import Any
 

@@ -17,6 +17,7 @@ ROOMS = (
     "data",
     "models",
     "distributed",
+    "inference",
     "evaluation",
     "training",
     "jobs",

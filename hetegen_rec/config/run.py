@@ -16,6 +16,7 @@ from pydantic import (
 
 from hetegen_rec.config.backbone import BackboneConfig
 from hetegen_rec.config.errors import Section
+from hetegen_rec.config.inference import InferenceConfig
 from hetegen_rec.config.schema import Schema
 from hetegen_rec.config.values import Probability, Texts, Widths, as_tuple
 
@@ -403,6 +404,7 @@ class RunConfig(Section):
     checkpoints: CheckpointConfig = CheckpointConfig()
     distributed: DistributedConfig = DistributedConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    inference: InferenceConfig = InferenceConfig()
 
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":

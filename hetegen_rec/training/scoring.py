@@ -9,10 +9,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from torch import Tensor
 from torchrec.distributed import DistributedModelParallel
 
 from hetegen_rec.config.run import RunConfig
 from hetegen_rec.config.schema import NUM_RESERVED_IDS
+from hetegen_rec.data.batch import Batch
 from hetegen_rec.data.cursor import Cursor
 from hetegen_rec.data.reader import Reader
 from hetegen_rec.data.statistics import Statistics
@@ -21,7 +23,11 @@ from hetegen_rec.evaluation.gather import evaluate_predictions
 from hetegen_rec.evaluation.predictions import Predictions
 from hetegen_rec.evaluation.slices import head_threshold
 from hetegen_rec.files import replace_directory
+from hetegen_rec.inference.building import TrainedModel, build_strategy
+from hetegen_rec.inference.lookup import Lookup
+from hetegen_rec.inference.scorer import Scorer
 from hetegen_rec.models.network import Outputs
+from hetegen_rec.training.setup import ShardedModel, open_split
 
 
 @torch.no_grad()
@@ -40,15 +46,50 @@ def score_rows(
         before_batch: called before each batch; what it raises on all ranks ends the scoring.
     """
     model.eval()
+
+    def probabilities(batch: Batch) -> Tensor:
+        outputs: Outputs = model(batch)[1]
+        if outputs.logits is None:
+            raise RuntimeError("the model scored nothing; it must be in eval mode")
+        return outputs.logits.sigmoid()
+
+    return _collect(reader, runtime, probabilities, before_batch)
+
+
+def score_rows_by(scorer: Scorer, reader: Reader, runtime: Runtime) -> Predictions:
+    """This rank's share of a split, scored by a test-time strategy. A collective."""
+    return _collect(reader, runtime, scorer.probabilities)
+
+
+def open_scorer(
+    config: RunConfig, statistics: Statistics, model: ShardedModel, runtime: Runtime
+) -> Scorer | None:
+    """The strategy of `inference.strategy` on a trained model; None for `plain`. A collective.
+
+    Raises:
+        ConfigError: the model cannot do it.
+    """
+    name = config.inference.strategy
+    if name == "plain":
+        return None
+    lookup = Lookup(model.dmp, model.network, config.features)
+    trained = TrainedModel(
+        config, statistics, lookup, runtime, lambda split: open_split(config, split, statistics, runtime)
+    )
+    return Scorer(lookup, name, build_strategy(trained), runtime)
+
+
+def _collect(
+    reader: Reader,
+    runtime: Runtime,
+    probabilities: Callable[[Batch], Tensor],
+    before_batch: Callable[[], None] = lambda: None,
+) -> Predictions:
     predictions = Predictions()
     for batch in reader.epoch(Cursor()):
         before_batch()
-        outputs: Outputs = model(batch.to(runtime.device))[1]
-        if outputs.logits is None:
-            raise RuntimeError("the model scored nothing; it must be in eval mode")
-        predictions.add(
-            outputs.logits.sigmoid().cpu(), batch.labels.cpu(), batch.row_ids.cpu(), batch.context
-        )
+        scores = probabilities(batch.to(runtime.device)).cpu()
+        predictions.add(scores, batch.labels, batch.row_ids, batch.context)
     return predictions
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -54,7 +54,6 @@ def true_counts(ids: NDArray[np.int64], sets: list[tuple[int, ...]]) -> NDArray[
 
 
 @given(seed=st.integers(0, 1000), width=st.integers(1, 64), depth=st.integers(1, 4))
-@settings(max_examples=25, deadline=None)
 def test_estimates_are_never_too_low(seed, width, depth):
     ids = rows(200, seed=seed)
     counts = counts_of(200, memory=4 * 14 * depth * width, depth=depth)

@@ -1,0 +1,124 @@
+"""Scores a row on several paths, which drop cells of combinations that training has hardly seen.
+
+Reported for MATT-CTR (arXiv 2510.08932): hierarchical probabilistic hashing estimates how often each feature
+combination was seen; this confidence samples several inference paths, whose scores are averaged. How a
+confidence follows from counts, and a path from confidences, is derived (docs/method.md section 12).
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hetegen_rec.config.inference import FeaturePathsConfig
+from hetegen_rec.config.schema import Schema
+from hetegen_rec.data.sketch import CombinationCounts
+from hetegen_rec.inference.noise import path_noise
+from hetegen_rec.inference.strategy import Rows, Scored, every_row
+from hetegen_rec.models.network import ClickNetwork
+
+_LEAST_WEIGHT = 1e-6  # of the full path, where no combination of a row was ever seen
+
+
+class FeaturePaths:
+    """The full row, and paths on which each field is kept with the confidence of its combinations.
+
+    A combination seen n times has confidence `min(1, n / enough)`, enough being `reliable_count` or what is
+    typical for its fields, whichever is less: pairs of a user and an item hardly ever come twice. A field is
+    kept with the mean over orders of the mean confidence of its combinations. A path weighs as much as the
+    mean confidence of the combinations that it keeps whole. A path that drops nothing of a row costs no pass.
+    """
+
+    def __init__(
+        self,
+        network: ClickNetwork,
+        counts: CombinationCounts,
+        dropped: Tensor,
+        schema: Schema,
+        config: FeaturePathsConfig,
+        seed: int,
+    ) -> None:
+        """Derives what the counts of a combination are held against.
+
+        Args:
+            network: scores rows.
+            counts: of all training rows.
+            dropped: [T, D], what stands for a dropped token.
+            schema: the fields of a row.
+            config: how many paths.
+            seed: of the paths.
+        """
+        self._network, self._counts, self._dropped = network, counts, dropped
+        self._num_paths, self._seed = config.paths, seed
+        self._enough = np.clip(counts.typical(), 1.0, config.reliable_count)  # [C]
+        names = list(schema.field_names)
+        device = dropped.device
+        self._field_of_token = torch.tensor(
+            [names.index(token.field) for token in schema.tokens], device=device
+        )
+        members = torch.zeros(len(counts.sets), len(names), dtype=torch.float64)
+        for column, fields in enumerate(counts.sets):
+            members[column, list(fields)] = 1.0
+        self._members = members.to(device, torch.float32)  # [C, F]
+        self._shares = _shares(members)  # [C, F]
+
+    @property
+    def settings(self) -> Mapping[str, float]:
+        """The paths, and how exact the counts behind them are."""
+        return {"paths": self._num_paths, "count_overestimate": self._counts.overestimate}
+
+    def score(self, rows: Rows) -> Scored:
+        """The mean over the paths of a row, weighted by confidence."""
+        full = self._network.score(rows.tokens, rows.present).sigmoid()
+        passes = every_row(rows, 1.0)
+        if not self._num_paths:
+            return Scored(full, passes)
+        confidence = self.confidence(rows)  # [B, C]
+        keep = (confidence @ self._shares).to(rows.tokens.device)  # [B, F]
+        confidence = confidence.to(rows.tokens.device, torch.float32)
+        weight = confidence.mean(1) + _LEAST_WEIGHT
+        total, weights = weight * full, weight
+        for path in range(self._num_paths):
+            kept = path_noise(rows.batch.row_ids, keep.shape[1], self._seed, path) < keep
+            probabilities, shortened = self._score_path(rows, kept, full)
+            weight = self._familiarity(confidence, kept)
+            total, weights = total + weight * probabilities, weights + weight
+            passes = passes + shortened
+        return Scored(total / weights, passes)
+
+    def confidence(self, rows: Rows) -> Tensor:
+        """[B, C] in [0, 1], on the host: of every combination of each row.
+
+        Of double precision, so that whether a cell is kept does not hang on how a batch is summed up.
+        """
+        seen = self._counts.estimate(rows.batch.ids.cpu().numpy())
+        return torch.from_numpy(np.minimum(seen / self._enough, 1.0))
+
+    def _score_path(self, rows: Rows, kept: Tensor, full: Tensor) -> tuple[Tensor, Tensor]:
+        """Probabilities [B] of the rows without fields that are not `kept` [B, F]; who took a pass [B]."""
+        dropped = ~kept[:, self._field_of_token] & rows.present  # [B, T]
+        shortened = dropped.any(1)
+        index = shortened.nonzero().squeeze(1)
+        probabilities = full.clone()
+        if len(index):
+            stand_in = self._dropped.to(rows.tokens.dtype)
+            tokens = torch.where(dropped[index][..., None], stand_in, rows.tokens[index])
+            probabilities[index] = self._network.score(tokens, rows.present[index]).sigmoid()
+        return probabilities, shortened.float()
+
+    def _familiarity(self, confidence: Tensor, kept: Tensor) -> Tensor:
+        """[B]: mean confidence of the combinations whose fields are all kept; 0 where there is none."""
+        whole = ((~kept).float() @ self._members.T == 0).float()  # [B, C]
+        return (confidence * whole).sum(1) / whole.sum(1).clamp(min=1.0)
+
+
+def _shares(members: Tensor) -> Tensor:
+    """[C, F]: what each combination has to say about each of its fields; columns sum to one.
+
+    Args:
+        members: [C, F], 1 where a field is in a combination, by order.
+    """
+    order = members.sum(1)
+    parts = [members[order == one] for one in sorted(set(order.tolist()))]
+    return torch.cat([part / part.sum(0) for part in parts]) / len(parts)

@@ -1,0 +1,3 @@
+"""What the tests of this room share."""
+
+from one_thread import one_thread  # noqa: F401

@@ -1,0 +1,48 @@
+"""Rows behind the lookup of an unsharded model, for strategies that need nothing else."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from hetegen_rec.config.schema import Schema
+from hetegen_rec.data.batch import Batch
+from hetegen_rec.inference.lookup import Lookup
+from hetegen_rec.inference.plain import Plain
+from hetegen_rec.inference.strategy import Rows, Scored, Strategy
+from hetegen_rec.models.hetegen import HeteGen
+
+
+class Unsharded:
+    """Stands for the sharded model where there is one process and no sharding."""
+
+    def __init__(self, model: HeteGen) -> None:
+        self.module = model
+
+    def eval(self) -> None:
+        self.module.eval()
+
+
+def lookup_of(model: HeteGen, schema: Schema) -> Lookup:
+    return Lookup(Unsharded(model), model.network, schema)  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def rows_of(model: HeteGen, batch: Batch) -> Rows:
+    model.eval()
+    return Rows(model.network.assembly(model.ebc(batch.kjt))[0], batch)
+
+
+def part_of(rows: Rows, index: list[int]) -> Rows:
+    """Some rows in a batch of their own; its KJT stays that of all."""
+    tensors = {name: getattr(rows.batch, name)[index] for name in Batch._TENSORS}
+    return Rows(rows.tokens[index], replace(rows.batch, **tensors))
+
+
+@torch.no_grad()
+def score(strategy: Strategy, rows: Rows) -> Scored:
+    return strategy.score(rows)
+
+
+def plain(model: HeteGen, rows: Rows) -> Tensor:
+    return score(Plain(model.network), rows).probabilities
