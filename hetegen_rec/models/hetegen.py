@@ -26,7 +26,7 @@ _LEAST_REAL = 1e-6
 
 
 class HeteGen(nn.Module):
-    """A generative CTR model: the only module that sees the sharded tables.
+    """A CTR model: tables and network, the only module that sees the sharded tables.
 
     Its forward is one line because the sparse pipeline traces it symbolically.
     """

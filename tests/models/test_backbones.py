@@ -49,11 +49,22 @@ every_backbone = pytest.mark.parametrize("name", NAMES)
 with_and_without_generation = pytest.mark.parametrize("generate", [False, True], ids=["plain", "generated"])
 
 
-@every_backbone
+SETTINGS = {
+    **{name: {"name": name} for name in NAMES},
+    "deepfm-linear": {"name": "deepfm", "hidden": ()},
+    "dcnv2-stacked-low-rank": {"name": "dcnv2", "structure": "stacked", "rank": 2},
+    "autoint-no-deep-part": {"name": "autoint", "hidden": (), "num_heads": 1},
+    "masknet-narrow": {"name": "masknet", "hidden": (), "reduction_ratio": 0.01, "num_blocks": 1},
+    "finalmlp-gates": {"name": "finalmlp", "first_gate": ("user",), "second_gate": ("item", "history")},
+    "din-linear-attention": {"name": "din", "attention_hidden": ()},
+}
+
+
+@pytest.mark.parametrize("case", SETTINGS)
 @with_and_without_generation
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_step_scores_every_row_and_trains_every_weight(name, generate, precision):
-    model = model_of(name, generate=generate, precision=precision)
+def test_a_step_scores_every_row_and_trains_every_weight(case, generate, precision):
+    model = model_of(**SETTINGS[case], generate=generate, precision=precision)
     loss, outputs = model(log().batch())
     loss.backward()
     assert outputs.logits.shape == (64,)
@@ -61,6 +72,14 @@ def test_a_step_scores_every_row_and_trains_every_weight(name, generate, precisi
     assert set(outputs.terms) == {"click", "table_l2"}
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     assert [name for name, weight in trained.items() if weight.grad is None or not weight.grad.any()] == []
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("lr", "fm")])
+def test_dropout_acts_in_training_only(name):
+    model = model_of(name, dropout=0.5)
+    assert not torch.equal(*(model(log().batch())[1].logits for _ in range(2)))
+    model.eval()
+    assert torch.equal(*(model(log().batch())[1].logits for _ in range(2)))
 
 
 @every_backbone
