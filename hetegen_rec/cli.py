@@ -214,9 +214,12 @@ def _run_job(verb: Verb, job: Job) -> int:
     except PeerFailedError:
         return LOST_PEER
     except USER_ERRORS as error:
-        if job.runtime.is_first_to_fail():
+        is_first, loss = job.runtime.is_first_to_fail(), describe_loss(error)
+        if is_first and loss is not None:
+            _tell_loss(job.runtime.rank, loss)
+        elif is_first:
             _tell(error)
-        return FAILED
+        return FAILED if loss is None else LOST_PEER  # a checkpoint that failed because another rank went
     except OSError as error:
         if error.errno not in _STORAGE_ERRORS:
             raise

@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 METADATA = "metadata.json"
 _STEP = re.compile(r"step-(\d+)")
 

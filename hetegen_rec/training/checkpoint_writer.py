@@ -195,7 +195,7 @@ class CheckpointWriter:
                     self._store.path(step_name(step)),
                     error,
                 )
-                self._remove(step_name(step))
+                self._remove_torn(step_name(step))
 
     def _write(self, step: int, state: dict[str, Any], metadata: dict[str, Any], best: Best | None) -> None:
         name, ranks = step_name(step), self._background
@@ -240,6 +240,16 @@ class CheckpointWriter:
             return
         for step in old:
             self._remove(step_name(step))
+
+    def _remove_torn(self, name: str) -> None:
+        """Removes what a failed write left, but no checkpoint that was complete before another rank failed."""
+        try:
+            is_complete = self._store.exists(f"{name}/{METADATA}")
+        except Exception as error:  # stores have errors of their own
+            logger.warning("%s: cannot tell whether it is complete: %s", self._store.path(name), error)
+            return
+        if not is_complete:
+            self._remove(name)
 
     def _remove(self, name: str) -> None:
         try:
