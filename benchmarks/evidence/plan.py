@@ -1,0 +1,238 @@
+"""The runs that a grid asks for, and which of them comes next."""
+
+import hashlib
+import json
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from benchmarks.evidence.grid import DataSet, Grid, as_arguments
+from benchmarks.evidence.records import Record
+from hetegen_rec.config.errors import ConfigError
+from hetegen_rec.config.loading import load_config
+from hetegen_rec.config.run import RunConfig, Split, Stage
+
+SEARCH_SEED = 0
+_SPLITS: tuple[Split, ...] = ("train", "valid", "test")
+_PLACES = ("train", "valid", "test", "raw_dir", "prepared_dir")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One method, trained and evaluated on one data set with one seed."""
+
+    data_set: str
+    method: str
+    option: str
+    """Which of the data set's settings to choose among."""
+    seed: int
+    config_path: str
+    config: RunConfig = field(repr=False)
+    """As it trains."""
+    scoring: RunConfig = field(repr=False)
+    """As it scores."""
+    stages: tuple[Stage, ...]
+    overrides: tuple[str, ...] = field(repr=False)
+    """`key=value` that train it."""
+    evaluate: tuple[str, ...] = field(repr=False)
+    """More of them, that hold only when it scores."""
+    training_id: str = ""
+    """Digest of what decides about the weights."""
+    id: str = ""
+    """Digest of that and of what decides about the scores."""
+
+    @property
+    def click_stage(self) -> Stage:
+        """The stage that scores."""
+        return self.stages[-1]
+
+    def __str__(self) -> str:
+        return f"{self.data_set} / {self.method} / {self.option} / seed {self.seed}"
+
+
+class Plan:
+    """All runs of a grid."""
+
+    def __init__(self, grid: Grid, out: Path, data_root: Path) -> None:
+        """Resolves the configuration of every run, so that a mistake shows before anything is trained.
+
+        Args:
+            grid: what is asked for.
+            out: directory of the runs and their prepared data.
+            data_root: where the data sets with `files` lie; those that do not are left out.
+
+        Raises:
+            ConfigError: a configuration is wrong, or no data set of the grid is there.
+        """
+        self.grid = grid
+        self._out, self._data_root = out, data_root
+        self.missing = {n: place for n, one in grid.data_sets.items() if (place := self._missing(one))}
+        """Data sets that are not there, and where they were looked for."""
+        if len(self.missing) == len(grid.data_sets):
+            places = ", ".join(map(str, self.missing.values()))
+            raise ConfigError(
+                f"no data set of the grid is there (looked at {places}); name their --data-root"
+            )
+        self._runs = {(run.data_set, run.method, run.option, run.seed): run for run in self._resolve()}
+
+    @cached_property
+    def pairs(self) -> list[tuple[str, str]]:
+        """Data set and method of every cell of the tables."""
+        names = [name for name in self.grid.data_sets if name not in self.missing]
+        return [(name, method) for name in names for method in self.grid.methods_of(name)]
+
+    @property
+    def runs(self) -> Collection[Run]:
+        """All that may be asked for: every option with every seed."""
+        return self._runs.values()
+
+    @property
+    def num_runs(self) -> int:
+        """How many there are once every search is decided."""
+        return self.num_left({})
+
+    def num_left(self, done: Mapping[str, Record]) -> int:
+        """How many are not done; of a pair whose search has not begun, as many as there will be."""
+        left = {run.id for pair in self.pairs for run in self.search_runs(*pair)}
+        undecided = 0
+        for pair in self.pairs:
+            chosen = self.chosen_runs(*pair, done)
+            left.update(run.id for run in chosen)
+            undecided += 0 if chosen else self.grid.seeds - 1
+        return len(left - set(done)) + undecided
+
+    def first_run(self, data_set: str) -> Run:
+        """Any run of a data set, to prepare its data by."""
+        return next(run for run in self.runs if run.data_set == data_set)
+
+    def search_runs(self, data_set: str, method: str) -> list[Run]:
+        """One run an option, on the seed of the search."""
+        options = self.grid.data_sets[data_set].search
+        return [self._runs[data_set, method, option, SEARCH_SEED] for option in options]
+
+    def chosen_runs(self, data_set: str, method: str, done: Mapping[str, Record]) -> list[Run]:
+        """The runs of all seeds with the option that is best on valid; empty if no option is done."""
+        tried = [run for run in self.search_runs(data_set, method) if run.id in done]
+        if not tried:
+            return []
+        best = max(tried, key=lambda run: done[run.id].selection)
+        return [self._runs[data_set, method, best.option, seed] for seed in range(self.grid.seeds)]
+
+    def next_run(
+        self, done: Mapping[str, Record], failed: Collection[str], running: Collection[Run]
+    ) -> Run | None:
+        """The first run that can start now, seed after seed, so that a part of the grid is of use.
+
+        Args:
+            done: finished runs by id.
+            failed: ids of runs not to be tried again.
+            running: those under way. No two of one training run at a time, since they share a directory.
+
+        Returns:
+            None if there is none, for now or at all.
+        """
+        trainings = {run.training_id for run in running}
+        for run in self._wanted(done, failed):
+            if run.id not in done and run.id not in failed and run.training_id not in trainings:
+                return run
+        return None
+
+    def _wanted(self, done: Mapping[str, Record], failed: Collection[str]) -> Iterator[Run]:
+        for pair in self.pairs:
+            yield from self.search_runs(*pair)
+        decided = {
+            pair: self.chosen_runs(*pair, done)
+            for pair in self.pairs
+            if all(run.id in done or run.id in failed for run in self.search_runs(*pair))
+        }
+        for seed in range(1, self.grid.seeds):
+            for runs in decided.values():
+                yield from runs[seed : seed + 1]
+
+    def _missing(self, data_set: DataSet) -> Path | None:
+        if data_set.files is None:
+            return None
+        place = self._data_root / data_set.files
+        return None if place.is_dir() else place
+
+    def _resolve(self) -> Iterator[Run]:
+        for data_set, method in self.pairs:
+            for option in self.grid.data_sets[data_set].search:
+                first = self._first_run(data_set, method, option)
+                yield from (self._with_seed(first, seed) for seed in range(self.grid.seeds))
+
+    def _first_run(self, data_set: str, name: str, option: str) -> Run:
+        """A run without seed and place, and so without an id."""
+        where, method = self.grid.data_sets[data_set], self.grid.methods[name]
+        trains = as_arguments(
+            {
+                **self.grid.overrides,
+                **where.overrides,
+                **method.epochs(where.epochs),
+                **method.overrides,
+                **where.search[option],
+                **self._places(data_set),
+            },
+            method.click_stage,
+        )
+        scores = as_arguments(method.evaluate, method.click_stage)
+        try:
+            config = load_config(where.config, trains)
+            scoring_config = load_config(where.config, trains + scores) if scores else config
+        except ConfigError as error:
+            raise ConfigError(f"{data_set} / {name} / {option}: {error}") from error
+        if "test" not in config.splits():
+            raise ConfigError(f"{data_set}: its configuration {where.config} has no test rows")
+        stages = tuple(method.stages)
+        return Run(
+            data_set,
+            name,
+            option,
+            0,
+            where.config,
+            config,
+            scoring_config,
+            stages,
+            tuple(trains),
+            tuple(scores),
+        )
+
+    def _with_seed(self, first: Run, seed: int) -> Run:
+        config, scoring = (one.model_copy(update={"seed": seed}) for one in (first.config, first.scoring))
+        training_id = _digest([first.data_set, first.stages, _decisive(config, first.stages)])
+        run_dir = str(self._out / "runs" / first.data_set / training_id)
+        return replace(
+            first,
+            seed=seed,
+            config=config.model_copy(update={"run_dir": run_dir}),
+            scoring=scoring,
+            overrides=(*first.overrides, f"seed={seed}", f"run_dir={run_dir}"),
+            training_id=training_id,
+            id=_digest([training_id, _decisive(scoring, first.stages)]),
+        )
+
+    def _places(self, data_set: str) -> dict[str, str]:
+        here = self._out / "data" / data_set
+        places = {"data.raw_dir": str(here / "raw"), "data.prepared_dir": str(here / "prepared")}
+        files = self.grid.data_sets[data_set].files
+        if files is not None:
+            found = {f"data.{split}": f"{self._data_root / files / split}/*.parquet" for split in _SPLITS}
+            places = {**places, **found, "data.source": "null"}
+        return places
+
+
+def _decisive(config: RunConfig, stages: Collection[Stage]) -> dict[str, Any]:
+    """What of a configuration decides about the results: no places, no stages that the run has not."""
+    values = config.model_dump(
+        mode="json",
+        exclude={"name": True, "run_dir": True, "checkpoints": True, "data": set(_PLACES)},
+        exclude_defaults=True,  # so that a new key of the configuration makes no new run
+    )
+    used = {stage: section for stage, section in values.get("stages", {}).items() if stage in stages}
+    return {**values, "stages": used}
+
+
+def _digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]

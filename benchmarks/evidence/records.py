@@ -1,0 +1,99 @@
+"""What finished and failed runs leave behind: one line of JSON each."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+FILE_NAME = "results.jsonl"
+
+
+@dataclass(frozen=True)
+class Record:
+    """How a run came out."""
+
+    run: str
+    """Its id."""
+    data_set: str
+    method: str
+    option: str
+    seed: int
+    status: Literal["done", "failed"]
+    directory: str = ""
+    """Where it was trained, below the directory of all runs."""
+    splits: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Metrics by split, without curves; `slices` are those of `benchmarks.evidence.slices`."""
+    train_seconds: dict[str, float] = field(default_factory=dict)
+    """Training and its evaluations, by stage, over all attempts."""
+    wall_seconds: float = 0.0
+    """All programs of the last attempt, start-up and final evaluation included."""
+    peak_memory_mib: float = 0.0
+    """Resident memory of the largest of them."""
+    commit: str = ""
+    finished: str = ""
+    """Local time."""
+    error: str = ""
+
+    @property
+    def selection(self) -> float:
+        """What settings are chosen by: AUC on valid."""
+        return float(self.value("valid", "auc") or 0.0)
+
+    @property
+    def seconds(self) -> float:
+        """Training time over all stages."""
+        return sum(self.train_seconds.values())
+
+    def value(self, *path: str) -> float | None:
+        """A number by its path in `splits`; None if it is not defined or not there."""
+        found: Any = self.splits
+        for key in path:
+            found = found.get(key) if isinstance(found, dict) else None
+        return found if isinstance(found, int | float) else None
+
+
+class Ledger:
+    """The records of a directory. One process at a time writes them."""
+
+    def __init__(self, directory: Path) -> None:
+        self._path = directory / FILE_NAME
+        self._records = _read(self._path)
+
+    @property
+    def done(self) -> dict[str, Record]:
+        """Finished runs by id."""
+        return {run: record for run, record in self._records.items() if record.status == "done"}
+
+    @property
+    def failed(self) -> dict[str, Record]:
+        """Runs whose last attempt failed, by id."""
+        return {run: record for run, record in self._records.items() if record.status == "failed"}
+
+    def add(self, record: Record) -> None:
+        """Notes how a run came out, for good when this returns."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        line = json.dumps(asdict(record), allow_nan=False) + "\n"
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write("\n" + line if _is_cut_off(self._path) else line)
+        self._records[record.run] = record
+
+
+def _is_cut_off(path: Path) -> bool:
+    """Whether the last line of a file was not written to its end, because of a kill."""
+    content = path.read_bytes()
+    return bool(content) and not content.endswith(b"\n")
+
+
+def _read(path: Path) -> dict[str, Record]:
+    """The newest record of every run; a line that a kill cut off is none."""
+    records: dict[str, Record] = {}
+    if not path.exists():
+        return records
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = Record(**json.loads(line))
+        except (ValueError, TypeError):
+            continue
+        records.pop(record.run, None)
+        records[record.run] = record
+    return records

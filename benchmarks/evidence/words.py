@@ -1,0 +1,53 @@
+"""The sentences of the page: how its numbers were made, and how to read them."""
+
+from benchmarks.evidence.summary import Summary
+
+DIFFERENCES = (
+    "Test AUC minus that of the baseline with the same seed. Dots are seeds, bars their mean; full colour: "
+    "p < 0.05."
+)
+AGAINST_BASELINE = (
+    "Differences of test AUC, paired by seed. p: Student's paired t-test over seeds; corrected: by Holm's "
+    "method for the number of methods on the data set. Bootstrap: in how many seeds the 95 % interval of the "
+    "difference, over resampled users (or rows, where there is no user), lies above or below zero: it covers "
+    "the choice of test rows, the t-test that of the seed. RI: (AUC - 0.5) / (the baseline's - 0.5) - 1. The "
+    "last columns are differences of AUC on slices of test."
+)
+CHOICE = (
+    "Mean AUC on valid, and what follows from it without a look at test. Ranks are over the data sets where "
+    "every method that can run everywhere has run; 1 is best."
+)
+GAUC = "AUC within a user, averaged over the users with both classes, weighted by their rows."
+LOG_LOSS = (
+    "Lower is better. Early stopping looks at AUC, which does not see overconfident probabilities; one "
+    "temperature, fitted on valid, takes that difference out."
+)
+SLICES = "Mind the number of clicks: a slice with few of them moves by chance."
+COST = (
+    "Means over seeds, on one core. Training time holds the evaluations during training; memory is that of "
+    "the whole process, libraries included."
+)
+FIELDS = (
+    "r is the loss of a field's masked cells over that of guessing, w its weight in the generative loss, "
+    "both at the end of the generative stage, seed 0. Hardest fields of the first method first."
+)
+FAILED = "They are tried again when the command is given again."
+
+
+def headline(summary: Summary) -> str:
+    """What the main table shows."""
+    base = summary.grid.methods[summary.grid.baseline].title
+    return (
+        f"Mean ± standard deviation over {summary.grid.seeds} seeds; the best in bold. ▲ or ▼: above or "
+        f"below “{base}” with p < 0.05 in a paired t-test over seeds; twice, if that stays so after "
+        "correction for the number of methods. Settings and checkpoints are chosen on valid; every method "
+        "gets the same epochs and the same search."
+    )
+
+
+def search(num_runs: int, seconds: float) -> str:
+    """What the search was given."""
+    return (
+        f"AUC on valid of every setting, seed 0; the best, in bold, is taken for all seeds. {num_runs} runs "
+        f"of {seconds / 3600:.1f} core hours in all, those in bold being seed 0 of the other tables."
+    )

@@ -1,0 +1,21 @@
+"""What a benchmark ran on, for its page."""
+
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+_PACKAGES = ("torch", "torchrec")
+
+
+def machine() -> str:
+    """Cores, processor and versions in one phrase."""
+    packages = ", ".join(f"{name} {version(name)}" for name in _PACKAGES)
+    return f"{os.cpu_count()} cores of {_processor()}, Python {platform.python_version()}, {packages}"
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()

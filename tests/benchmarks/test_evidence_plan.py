@@ -1,0 +1,154 @@
+"""What a grid asks for, and in which order."""
+
+from pathlib import Path
+
+import pytest
+from small_grid import METHODS, grid_values, load, plan_of, plan_with_strategy, record
+
+from benchmarks.evidence.grid import as_arguments, load_grid
+from benchmarks.evidence.plan import Plan
+from hetegen_rec.config.errors import ConfigError
+
+BAD_GRIDS = {
+    "no such baseline": ({"baseline": "fm"}, r"`baseline: fm` is none of: scratch, uniform"),
+    "stages that are no method": (
+        {"methods": {**METHODS, "odd": {"title": "", "stages": ["pretrain", "joint"]}}},
+        r"`stages: \[pretrain, joint\]` must be \[scratch\] or",
+    ),
+    "only on nothing": (
+        {"methods": {**METHODS, "din": {"title": "", "stages": ["scratch"], "only": ["taobao"]}}},
+        r"`methods.din.only` names 'taobao'",
+    ),
+    "an unknown key": ({"sedes": 3}, "sedes"),
+}
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Plan:
+    return plan_of(tmp_path)
+
+
+@pytest.mark.parametrize("case", BAD_GRIDS)
+def test_a_wrong_grid_is_refused(tmp_path, case):
+    changes, message = BAD_GRIDS[case]
+    with pytest.raises(ConfigError, match=message):
+        load(tmp_path, **changes)
+
+
+def test_pretraining_must_leave_epochs_to_fine_tuning(tmp_path):
+    values = grid_values(tmp_path)["data_sets"]["ads"]
+    with pytest.raises(ConfigError, match=r"`pretrain: 5` leaves none of `total: 5`"):
+        load(tmp_path, data_sets={"ads": {**values, "epochs": {"total": 5, "pretrain": 5}}})
+
+
+def test_a_click_key_is_one_of_the_stage_that_scores():
+    overrides = {"click.table_l2": "1e-6", "model.dim": 8, "click.patience": None, "data.train": ["a", "b"]}
+    assert as_arguments(overrides, "joint") == [
+        "stages.joint.table_l2=1e-6",
+        "model.dim=8",
+        "stages.joint.patience=null",
+        'data.train=["a", "b"]',
+    ]
+
+
+@pytest.mark.parametrize("name", ["evidence", "evidence_quick"])
+def test_shipped_grids_resolve(tmp_path, name):
+    grid = load_grid(f"benchmarks/{name}.yaml")
+    for one in grid.data_sets.values():
+        (tmp_path / (one.files or "")).mkdir(exist_ok=True)
+    assert len(Plan(grid, tmp_path, tmp_path).pairs) == len(grid.data_sets) * len(grid.methods)
+
+
+def test_every_method_gets_the_same_epochs(plan):
+    for run in plan.runs:
+        assert sum(run.config.stage(stage).epochs for stage in run.stages) == 5
+
+
+def test_options_reach_the_stage_that_scores(plan):
+    found = {(run.click_stage, run.option): run.config.stage(run.click_stage).table_l2 for run in plan.runs}
+    assert found["scratch", "light"] == found["finetune", "light"] == 1e-6
+    assert found["scratch", "strong"] == found["finetune", "strong"] == 0.01
+
+
+def test_a_wrong_override_is_told_before_anything_runs(tmp_path):
+    methods = {**METHODS, "odd": {"title": "", "stages": ["joint"], "overrides": {"model.balanse": 1}}}
+    with pytest.raises(ConfigError, match=r"ads / odd / light: .*\n.*balanse: unknown key"):
+        Plan(load(tmp_path, methods=methods), tmp_path / "out", tmp_path)
+
+
+def test_data_sets_that_are_not_there_are_left_out(tmp_path):
+    values = grid_values(tmp_path)["data_sets"]["ads"]
+    grid = load(tmp_path, data_sets={"ads": values, "gone": {**values, "files": "gone"}})
+    plan = Plan(grid, tmp_path / "out", tmp_path)
+    assert plan.missing == {"gone": tmp_path / "gone"}
+    assert {run.data_set for run in plan.runs} == {"ads"}
+    with pytest.raises(ConfigError, match="no data set of the grid is there"):
+        Plan(load(tmp_path, data_sets={"gone": {**values, "files": "gone"}}), tmp_path / "out", tmp_path)
+
+
+def test_files_below_the_data_root_replace_the_source(tmp_path):
+    (tmp_path / "log").mkdir()
+    values = {**grid_values(tmp_path)["data_sets"]["ads"], "files": "log"}
+    plan = Plan(load(tmp_path, data_sets={"ads": values}), tmp_path / "out", tmp_path)
+    data = plan.first_run("ads").config.data
+    assert data.source is None
+    assert data.test == (f"{tmp_path}/log/test/*.parquet",)
+
+
+def test_ids_are_of_what_decides_about_the_scores(tmp_path):
+    grid = load(tmp_path)
+    here, there = (Plan(grid, tmp_path / out, tmp_path / root) for out, root in (("a", "b"), ("c", "d")))
+    assert [run.id for run in here.runs] == [run.id for run in there.runs]
+    assert len({run.id for run in here.runs}) == len(here.runs) == 2 * 2 * 2 * 3
+    joint = {"stages.joint.dense_lr": 0.5}  # no method here has that stage
+    assert [run.id for run in Plan(load(tmp_path, overrides=joint), tmp_path, tmp_path).runs] == [
+        run.id for run in here.runs
+    ]
+
+
+def in_order(plan: Plan, score) -> list[tuple[str, str, str, int]]:
+    """Every run as they come one after the other."""
+    done, order = {}, []
+    while run := plan.next_run(done, (), ()):
+        done[run.id] = record(run, valid=score(run))
+        order.append((run.data_set, run.method, run.option, run.seed))
+    return order
+
+
+def test_after_the_search_one_seed_of_everything_comes_before_the_next(plan):
+    order = in_order(
+        plan, lambda run: {"light": 0.7, "strong": 0.6 if run.method == "scratch" else 0.8}[run.option]
+    )
+    pairs = [("ads", "scratch"), ("ads", "uniform"), ("shop", "scratch"), ("shop", "uniform")]
+    assert order[:8] == [(*pair, option, 0) for pair in pairs for option in ("light", "strong")]
+    best = {"scratch": "light", "uniform": "strong"}
+    assert order[8:] == [(*pair, best[pair[1]], seed) for seed in (1, 2) for pair in pairs]
+    assert plan.num_runs == len(order)
+
+
+def test_seeds_wait_for_the_search_of_their_pair(plan):
+    searched = {run.id: record(run) for run in plan.search_runs("ads", "scratch")}
+    under_way = [plan.search_runs(*pair)[i] for pair in plan.pairs[1:] for i in (0, 1)]
+    assert str(plan.next_run(searched, (), under_way)) == "ads / scratch / light / seed 1"
+    half = dict(list(searched.items())[:1])
+    assert plan.next_run(half, (), [*plan.search_runs("ads", "scratch")[1:], *under_way]) is None
+
+
+def test_a_failed_option_does_not_hold_up_the_others(plan):
+    light, strong = plan.search_runs("ads", "scratch")
+    others = [run for pair in plan.pairs[1:] for run in plan.search_runs(*pair)]
+    chosen = plan.next_run({strong.id: record(strong)}, {light.id}, others)
+    assert str(chosen) == "ads / scratch / strong / seed 1"
+
+
+def test_what_differs_only_in_scoring_shares_one_training_but_not_at_once(tmp_path):
+    plan = plan_with_strategy(tmp_path)
+    plain, other = plan.search_runs("ads", "scratch")[0], plan.search_runs("ads", "other")[0]
+    assert plain.training_id == other.training_id
+    assert plain.config.run_dir == other.config.run_dir
+    assert plain.id != other.id
+    rest = [run for run in plan.runs if run.training_id != other.training_id]
+    done = {run.id: record(run) for run in rest if run.seed == 0}
+    failed = {run.id for run in rest if run.seed}
+    assert plan.next_run(done, failed, [plain]) is None
+    assert plan.next_run({**done, plain.id: record(plain)}, failed, []) == other

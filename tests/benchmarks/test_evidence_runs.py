@@ -1,0 +1,254 @@
+"""Records, sessions of runs side by side, one run in its programs, and the command."""
+
+import json
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from small_grid import METHODS, grid_values, load, plan_of, plan_with_strategy, record
+
+from benchmarks.evidence import __main__ as evidence
+from benchmarks.evidence import running
+from benchmarks.evidence.plan import Plan, Run
+from benchmarks.evidence.records import FILE_NAME, Ledger, Record
+from benchmarks.evidence.running import Programs, RunError, StoppedError
+from benchmarks.evidence.session import carry_out
+from benchmarks.evidence.slices import slice_metrics
+from hetegen_rec.evaluation.significance import PredictionTable
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Plan:
+    return plan_of(tmp_path)
+
+
+def test_a_line_that_a_kill_cut_off_costs_one_record(tmp_path, plan):
+    first, second, third = list(plan.runs)[:3]
+    ledger = Ledger(tmp_path)
+    ledger.add(record(first))
+    ledger.add(record(second))
+    path = tmp_path / FILE_NAME
+    path.write_bytes(path.read_bytes()[:-20])
+    Ledger(tmp_path).add(record(third))
+    assert set(Ledger(tmp_path).done) == {first.id, third.id}
+
+
+def test_the_newest_record_of_a_run_counts(tmp_path, plan):
+    run = next(iter(plan.runs))
+    for status in ("failed", "done"):
+        Ledger(tmp_path).add(record(run, status=status))
+    assert set(Ledger(tmp_path).done) == {run.id}
+    assert not Ledger(tmp_path).failed
+
+
+def test_a_session_does_every_run_once_and_the_next_one_only_what_failed(tmp_path, plan):
+    calls = []
+    unlucky = plan.search_runs("shop", "uniform")[1]
+    broken = {unlucky.id}
+
+    def execute(run, core):
+        calls.append((run.id, core))
+        return record(run, status="failed" if run.id in broken else "done")
+
+    told = []
+    carry_out(plan, Ledger(tmp_path), execute, [0, 1], lambda *about: told.append(about))
+    assert len(calls) == len({run for run, _ in calls}) == plan.num_runs == len(told)
+    assert {core for _, core in calls} == {0, 1}
+    assert told[-1][1] == 0
+    calls.clear()
+    broken.clear()
+    carry_out(plan, Ledger(tmp_path), execute, [0, 1], lambda *about: None)
+    assert [run for run, _ in calls] == [unlucky.id]
+
+
+def test_no_more_runs_at_a_time_than_cores(tmp_path, plan):
+    cores_in_use, most = [], []
+    together = threading.Barrier(2, timeout=20)
+
+    def execute(run, core):
+        cores_in_use.append(core)
+        most.append(sorted(cores_in_use))
+        if run.seed == 0:
+            together.wait()  # the other is under way, too
+        cores_in_use.remove(core)
+        return record(run)
+
+    carry_out(plan, Ledger(tmp_path), execute, [4, 5], lambda *about: None)
+    assert [4, 5] in most
+    assert all(len(set(some)) == len(some) for some in most)
+
+
+def test_a_stopped_run_leaves_no_record(tmp_path, plan):
+    def execute(run, core):
+        raise StoppedError
+
+    with pytest.raises(StoppedError):
+        carry_out(plan, Ledger(tmp_path), execute, [0], lambda *about: None)
+    assert not Ledger(tmp_path).done
+    assert not Ledger(tmp_path).failed
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-c", code]
+
+
+def test_a_program_has_one_core_and_tells_its_memory(tmp_path):
+    log = tmp_path / "logs" / "a.log"
+    usage = Programs().run(
+        python("import os; b = bytearray(64 << 20); print(os.sched_getaffinity(0))"), log, 0
+    )
+    assert log.read_text() == "{0}\n"
+    assert 64 < usage.peak_memory_mib < 640
+
+
+def test_a_failed_program_is_told_by_its_error_line(tmp_path):
+    code = "import sys; print('error: no such key'); print('and more'); sys.exit(2)"
+    with pytest.raises(RunError, match=r"exit code 2: error: no such key \(.*a\.log\)"):
+        Programs().run(python(code), tmp_path / "a.log", 0)
+
+
+def test_stop_ends_the_programs_and_lets_none_start(tmp_path):
+    programs, log = Programs(), tmp_path / "a.log"
+    ended = []
+
+    def run():
+        with pytest.raises(StoppedError):
+            programs.run(python("import time; print('up', flush=True); time.sleep(60)"), log, 0)
+        ended.append(True)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    while not (log.exists() and "up" in log.read_text()):
+        assert thread.is_alive()
+    programs.stop()
+    thread.join(timeout=20)
+    assert ended
+    with pytest.raises(StoppedError):
+        programs.run(python("pass"), log, 0)
+
+
+class StandIn:
+    """What was asked of the stand-in of `hetegen`, and whether it works."""
+
+    def __init__(self, directory: Path) -> None:
+        self._calls, self._broken = directory / "calls", directory / "broken"
+
+    def calls(self) -> list[str]:
+        """The verbs since the last time."""
+        verbs = self._calls.read_text().split() if self._calls.exists() else []
+        self._calls.unlink(missing_ok=True)
+        return verbs
+
+    def breaks(self) -> None:
+        self._broken.touch()
+
+    def works(self) -> None:
+        self._broken.unlink()
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    script = Path(__file__).with_name("hetegen_stand_in.py")
+    monkeypatch.setattr(running, "HETEGEN", (sys.executable, str(script), str(tmp_path)))
+    return StandIn(tmp_path)
+
+
+def execute(run: Run, out: Path) -> Record:
+    return running.execute(run, 0, out=out, programs=Programs(), commit="abc")
+
+
+def test_a_run_is_its_stages_and_its_record_what_they_left(tmp_path, plan, stand_in):
+    out = tmp_path / "out"
+    run = plan.search_runs("ads", "uniform")[0]
+    running.prepare(run, Programs(), out / "logs" / "prepare.log", 0)
+    found = execute(run, out)
+    assert stand_in.calls() == ["prepare", "pretrain", "finetune"]
+    assert found.status == "done"
+    assert found.train_seconds == {"pretrain": 1.5, "finetune": 1.5}
+    assert found.directory == f"runs/ads/{run.training_id}"
+    assert found.value("test", "auc") == pytest.approx(0.605)
+    assert "roc" not in found.splits["test"]
+    assert found.splits["test"]["slices"]["cold_users"]["n"] == 6
+    assert found.peak_memory_mib > 0
+    assert list(running.predictions_dir(out, run.id).glob("*.parquet"))
+    json.dumps(found.splits)
+
+
+def test_scores_of_other_settings_are_made_anew(tmp_path, stand_in):
+    plan, out = plan_with_strategy(tmp_path), tmp_path / "out"
+    plain, other = plan.search_runs("ads", "scratch")[0], plan.search_runs("ads", "other")[0]
+    running.prepare(plain, Programs(), out / "prepare.log", 0)
+    scores = [execute(run, out).value("test", "auc") for run in (plain, other, plain)]
+    assert scores == pytest.approx([0.605, 0.609, 0.605])
+    verbs = stand_in.calls()
+    assert verbs == ["prepare", "scratch", "scratch", "evaluate", "scratch", "evaluate"]
+
+
+def test_a_run_that_fails_says_why(tmp_path, plan, stand_in):
+    stand_in.breaks()
+    found = execute(plan.first_run("ads"), tmp_path / "out")
+    assert found.status == "failed"
+    assert found.error.startswith("exit code 1: error: out of luck")
+
+
+def test_a_stage_that_ended_before_it_was_done_is_no_result(tmp_path, plan, monkeypatch):
+    monkeypatch.setattr(running, "HETEGEN", python("pass"))
+    found = execute(plan.first_run("ads"), tmp_path / "out")
+    assert found.status == "failed"
+    assert "scratch was stopped by somebody else" in found.error
+
+
+def test_slices_count_users_and_items_by_their_training_rows(tmp_path):
+    config = Plan(load(tmp_path), tmp_path / "out", tmp_path).first_run("ads").config
+    place = Path(config.data.prepared_dir) / "test"
+    place.mkdir(parents=True)
+    columns = {
+        "__row_id": [2, 0, 1, 4, 3],
+        "__timestamp": [0] * 5,
+        "__user_key": [7, 7, 0, 8, 9],  # 0: no user
+        "__user_rows": [5, 0, 0, 6, 1],
+        "__item_rows": [10, 11, 0, 3, 50],
+    }
+    pq.write_table(pa.table(columns), place / "part-0.parquet")
+    labels = np.array([0.0, 1.0, 1.0, 0.0, 1.0])
+    scores = np.array([0.1, 0.9, 0.3, 0.4, 0.2])
+    found = slice_metrics(config, "test", PredictionTable(np.arange(5), scores, labels, None))
+    assert found["cold_users"] == {"n": 3, "positives": 1, "auc": 0.5}
+    assert found["tail_items"] == {"n": 3, "positives": 3, "auc": None}
+
+
+def test_the_command_goes_on_until_all_is_done_and_then_does_nothing(tmp_path, stand_in, capsys):
+    data_sets = {"ads": grid_values(tmp_path)["data_sets"]["ads"]}
+    load(tmp_path, data_sets=data_sets, methods={"scratch": METHODS["scratch"]}, seeds=2)
+    results = tmp_path / "page.md"
+    command = [
+        str(tmp_path / "grid.yaml"),
+        "--out",
+        str(tmp_path / "out"),
+        "--results",
+        str(results),
+        "--jobs",
+        "2",
+    ]
+    stand_in.breaks()
+    assert evidence.main(command) == 1
+    assert not results.exists()
+    assert "error: out of luck" in (tmp_path / "out" / "evidence.md").read_text()
+    stand_in.works()
+    stand_in.calls()
+    assert evidence.main(command) == 0
+    assert stand_in.calls() == ["prepare", *["scratch"] * 3]  # two options, and another seed
+    assert "| From scratch | **0.6100 ± 0.0071** |" in results.read_text()
+    capsys.readouterr()
+    assert evidence.main(command) == 0
+    assert not stand_in.calls()
+    assert "0 of 3 runs left" in capsys.readouterr().out
+
+
+def test_a_wrong_grid_ends_with_one_line(tmp_path, capsys):
+    assert evidence.main([str(tmp_path / "nothing.yaml")]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}/nothing.yaml: cannot be read")
