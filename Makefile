@@ -14,6 +14,10 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check -qq install --no-de
 # Programs of the environment come first: torchx finds torchrun on PATH.
 USE_VENV := export PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 
+# Both go on where they were stopped. The large one may replace the page that is kept.
+EVIDENCE = python -m benchmarks.evidence benchmarks/evidence.yaml --results benchmarks/results/evidence.md
+QUICK_EVIDENCE = python -m benchmarks.evidence benchmarks/evidence_quick.yaml --out runs/evidence_quick
+
 # One stamp for each thing installed, so that only what changed is installed again.
 REQUIREMENTS := $(VENV)/.requirements-$(ACCELERATOR)
 PACKAGE := $(VENV)/.package
@@ -23,10 +27,10 @@ ifeq ($(filter $(ACCELERATOR),cpu cuda),)
 $(error ACCELERATOR=$(ACCELERATOR) is not known; use cpu or cuda)
 endif
 
-.PHONY: help setup demo test lint chaos clean
+.PHONY: help setup demo test lint chaos evidence clean
 
 help:  ## this list
-	@echo "make TARGET [ACCELERATOR=cpu|cuda] [PYTHON=python3.x] [N=30]"
+	@echo "make TARGET [ACCELERATOR=cpu|cuda] [PYTHON=python3.x] [N=30] [QUICK=1]"
 	sed -nE 's/^([a-z]+):[^#]*## (.*)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 12
 
 setup: $(PACKAGE)  ## build .venv with everything pinned
@@ -48,6 +52,10 @@ lint: setup $(DEV)  ## format, lint and types only
 chaos: setup  ## kill N trainings at random moments; each must end like an undisturbed one
 	@$(USE_VENV)
 	python -m benchmarks.chaos --trials $(N)
+
+evidence: setup  ## compare the methods on every data set, in hours; QUICK=1: a small grid, in minutes
+	@$(USE_VENV)
+	$(if $(QUICK),$(QUICK_EVIDENCE),$(EVIDENCE))
 
 clean:  ## remove .venv and caches; data/ and runs/ stay
 	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
