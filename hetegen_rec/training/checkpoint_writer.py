@@ -242,7 +242,7 @@ class CheckpointWriter:
             self._remove(step_name(step))
 
     def _remove_torn(self, name: str) -> None:
-        """Removes what a failed write left, but no checkpoint that was complete before another rank failed."""
+        """Removes what a failed write left, unless the checkpoint was complete before another rank failed."""
         try:
             is_complete = self._store.exists(f"{name}/{METADATA}")
         except Exception as error:  # stores have errors of their own
