@@ -62,7 +62,7 @@ class UncertaintyConfig(Section):
 
 
 class InferenceConfig(Section):
-    """How `evaluate` and `predict` score rows (docs/method.md section 12)."""
+    """How `evaluate` and `predict` score rows (docs/method.md section 11)."""
 
     strategy: InferenceStrategy = "plain"
     """`plain`: one pass, as in the validation during training. The others read the section of their name."""

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from hetegen_rec.evaluation import plots
 from hetegen_rec.evaluation import report_words as words
-from hetegen_rec.evaluation.results import BASE_STAGE, STAGE_TITLES, Comparison
+from hetegen_rec.evaluation.results import BASE_STAGE, STAGE_TITLES, Comparison, strategy_note
 from hetegen_rec.evaluation.run_record import RunRecord, StageRecord
 from hetegen_rec.evaluation.tables import interval_text, number, percent
 
@@ -112,14 +112,14 @@ def _metrics_table(split: str, results: Mapping[str, dict[str, Any]]) -> str:
     heading = ["Metrics on " + split, "rows", *(metric.title for metric in metrics)]
     rows = []
     for stage, result in results.items():
-        cells = [_stage_cell(stage), f"<td>{result['n']:,}</td>"]
+        cells = [_stage_cell(stage, strategy_note(result)), f"<td>{result['n']:,}</td>"]
         cells += [_metric_cell(metric, stage, results) for metric in metrics]
         rows.append(f"<tr>{''.join(cells)}</tr>")
     return _table(heading, rows)
 
 
-def _stage_cell(stage: str) -> str:
-    return f'<td class="{stage}"><span class="dot"></span>{STAGE_TITLES[stage]}</td>'
+def _stage_cell(stage: str, note: str = "") -> str:
+    return f'<td class="{stage}"><span class="dot"></span>{STAGE_TITLES[stage]}{note}</td>'
 
 
 def _metric_cell(metric: Metric, stage: str, results: Mapping[str, dict[str, Any]]) -> str:

@@ -82,6 +82,14 @@ def headline_split(evaluations: Mapping[str, StageEvaluation]) -> str:
     return "test" if any("test" in one["splits"] for one in evaluations.values()) else "valid"
 
 
+def strategy_note(result: Mapping[str, Any]) -> str:
+    """Strategy and cost of a split's scores, to stand behind the stage's name; nothing for plain scoring."""
+    account = result.get("inference", {})
+    if account.get("strategy", "plain") == "plain":
+        return ""
+    return f" ({account['strategy']}, {account['passes_per_row']:.2f} passes)"
+
+
 @dataclass(frozen=True)
 class Comparison:
     """One stage against the same network trained from scratch."""

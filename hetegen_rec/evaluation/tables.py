@@ -15,6 +15,7 @@ from hetegen_rec.evaluation.results import (
     compare_with_scratch,
     headline_split,
     read_evaluations,
+    strategy_note,
 )
 
 NOT_DEFINED = "n/a"
@@ -65,7 +66,7 @@ def metrics_table(evaluations: Mapping[str, StageEvaluation], split: str) -> Tab
             continue
         names = ("auc", "log_loss", "normalized_entropy", "gauc", "calibration")
         values = [number(result.get(name)) for name in names]
-        table.add_row(stage, f"{result['n']:,}", *values, f"{evaluation['step']:,}")
+        table.add_row(stage + strategy_note(result), f"{result['n']:,}", *values, f"{evaluation['step']:,}")
     return table
 
 

@@ -2,7 +2,7 @@
 
 Reported for MATT-CTR (arXiv 2510.08932): hierarchical probabilistic hashing estimates how often each feature
 combination was seen; this confidence samples several inference paths, whose scores are averaged. How a
-confidence follows from counts, and a path from confidences, is derived (docs/method.md section 12).
+confidence follows from counts, and a path from confidences, is derived (docs/method.md section 11).
 """
 
 from collections.abc import Mapping

@@ -1,6 +1,6 @@
 """What the denoiser thinks of a cell that it does not see: how likely its value is, and what it should be.
 
-All of it is derived (docs/method.md section 12).
+All of it is derived (docs/method.md section 11).
 """
 
 import math

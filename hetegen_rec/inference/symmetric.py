@@ -1,7 +1,7 @@
 """Regenerates implausible cells before a row is scored.
 
 Reported for SGCTR (arXiv 2511.14403): the generator also runs at inference, where it iteratively re-weights
-or regenerates noisy features. Everything below that is derived (docs/method.md section 12).
+or regenerates noisy features. Everything below that is derived (docs/method.md section 11).
 """
 
 import math

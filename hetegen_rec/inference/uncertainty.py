@@ -3,7 +3,7 @@
 Reported for UTTSI (arXiv 2605.24989), which needs no training: uncertainty is logit confidence times a
 frequency prior; unreliable embeddings are filtered in all rows; only uncertain rows get stochastic paths, in
 an ensemble weighted by consistency; the mean cost is about 2.8 passes. The formulas are derived
-(docs/method.md section 12).
+(docs/method.md section 11).
 """
 
 from collections.abc import Mapping

@@ -184,6 +184,20 @@ def test_tables_show_every_stage_and_na_where_nothing_is_defined(tmp_path):
     assert "Against from-scratch on test" in text
 
 
+def test_tables_name_a_strategy_and_its_cost_but_not_plain_scoring(tmp_path):
+    for stage, account in (
+        ("finetune", {"strategy": "symmetric", "passes_per_row": 3.0}),
+        ("scratch", {"strategy": "plain", "passes_per_row": 1.0}),
+    ):
+        write_stage(tmp_path, stage, 0.5)
+        content = json.loads((tmp_path / stage / "evaluation.json").read_text())
+        content["splits"]["test"]["inference"] = account
+        (tmp_path / stage / "evaluation.json").write_text(json.dumps(content))
+    text = printed(tmp_path)
+    assert "finetune (symmetric, 3.00 passes)" in text
+    assert "plain" not in text
+
+
 def test_results_are_about_valid_if_there_is_no_test_split(tmp_path):
     write_stage(tmp_path, "scratch", 2.0, splits=("valid",))
     assert "Metrics on valid" in printed(tmp_path)
