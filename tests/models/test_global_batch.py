@@ -7,8 +7,8 @@ from typing import get_args
 import pytest
 import torch
 import torch.distributed as dist
-from models.small_log import SCHEMA, Log, make_model, model_config
 from multirank import run_ranks
+from small_log import SCHEMA, Log, make_model, model_config
 
 from hetegen_rec.config.run import Stage
 from hetegen_rec.config.schema import Schema

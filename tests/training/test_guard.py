@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from models.small_log import SCHEMA, Log, build_model, column, model_config
 from multirank import run_ranks
+from small_log import SCHEMA, Log, build_model, column, model_config
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torchrec.distributed.train_pipeline import TrainPipelineBase, TrainPipelineSparseDist
