@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-DEFAULT_TIMEOUT = 120.0
+DEFAULT_TIMEOUT = 240.0
 _GRACE = 10.0  # seconds for the others to notice that a rank failed
 _TESTS = Path(__file__).parent
 
