@@ -29,7 +29,7 @@ class FeaturePathsConfig(Section):
     paths: NonNegativeInt = 4
     """Passes besides the one with all cells, at most; 0 scores as `plain` does."""
     reliable_count: PositiveInt = 10
-    """A combination seen so often in training, or as is usual for its fields, has full confidence."""
+    """A value or a combination that training has seen so often has full confidence."""
     order: Annotated[int, Field(ge=1, le=3)] = 3
     """Most fields of a combination."""
     combinations: PositiveInt = 256

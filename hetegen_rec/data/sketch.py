@@ -118,14 +118,6 @@ class CombinationCounts:
         found = [flat[places].min(axis=0) for places in self._places(ids)]
         return np.concatenate(found).astype(np.int64)
 
-    def typical(self) -> NDArray[np.float64]:
-        """[C]: the mean over the counted rows of the estimate for their own combination, or a bit more.
-
-        The sum of squares of a level is that mean times the rows.
-        """
-        squares = [np.square(levels, dtype=np.float64).sum(axis=1).min() for levels in self.counters]
-        return np.array(squares) / max(self.num_rows, 1)
-
     def _places(self, ids: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
         """Blocks [depth, b, C] of the places of the rows' counters in the flat array."""
         num_sets, depth, width = self.counters.shape

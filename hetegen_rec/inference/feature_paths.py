@@ -24,10 +24,12 @@ _LEAST_WEIGHT = 1e-6  # of the full path, where no combination of a row was ever
 class FeaturePaths:
     """The full row, and paths on which each field is kept with the confidence of its combinations.
 
-    A combination seen n times has confidence `min(1, n / enough)`, enough being `reliable_count` or what is
-    typical for its fields, whichever is less: pairs of a user and an item hardly ever come twice. A field is
-    kept with the mean over orders of the mean confidence of its combinations. A path weighs as much as the
-    mean confidence of the combinations that it keeps whole. A path that drops nothing of a row costs no pass.
+    A value seen n times has confidence `min(1, n / reliable_count)`. A combination is held against what its
+    values let expect if fields were independent, because pairs of a user and an item hardly ever come twice:
+    with m the lesser of that and `reliable_count`, and the least confidence of its values as one more
+    observation, it has `min(1, (n + least) / (m + 1))`. A field is kept with the mean over orders of the mean
+    confidence of its combinations. A path weighs as much as the mean confidence of the combinations that it
+    keeps whole. A path that drops nothing of a row costs no pass.
     """
 
     def __init__(
@@ -39,7 +41,7 @@ class FeaturePaths:
         config: FeaturePathsConfig,
         seed: int,
     ) -> None:
-        """Derives what the counts of a combination are held against.
+        """Works out which combination has a say on which field.
 
         Args:
             network: scores rows.
@@ -51,7 +53,7 @@ class FeaturePaths:
         """
         self._network, self._counts, self._dropped = network, counts, dropped
         self._num_paths, self._seed = config.paths, seed
-        self._enough = np.clip(counts.typical(), 1.0, config.reliable_count)  # [C]
+        self._enough = config.reliable_count
         names = list(schema.field_names)
         device = dropped.device
         self._field_of_token = torch.tensor(
@@ -92,8 +94,20 @@ class FeaturePaths:
 
         Of double precision, so that whether a cell is kept does not hang on how a batch is summed up.
         """
-        seen = self._counts.estimate(rows.batch.ids.cpu().numpy())
-        return torch.from_numpy(np.minimum(seen / self._enough, 1.0))
+        counts, num_rows = self._counts, max(self._counts.num_rows, 1)
+        seen = counts.estimate(rows.batch.ids.cpu().numpy())
+        singles, *larger = counts.sets_of_order
+        values = seen[:, : len(singles)]
+        of_values = np.minimum(values / self._enough, 1.0)  # [B, F]
+        parts, start = [of_values], len(singles)
+        for sets in larger:
+            fields = np.array(sets)  # [C_k, k]
+            expected = (values[:, fields] / num_rows).prod(-1) * num_rows  # [B, C_k]
+            least = of_values[:, fields].min(-1)
+            found = seen[:, start : start + len(sets)]
+            parts.append(np.minimum((found + least) / (np.minimum(expected, self._enough) + 1.0), 1.0))
+            start += len(sets)
+        return torch.from_numpy(np.concatenate(parts, axis=1))
 
     def _score_path(self, rows: Rows, kept: Tensor, full: Tensor) -> tuple[Tensor, Tensor]:
         """Probabilities [B] of the rows without fields that are not `kept` [B, F]; who took a pass [B]."""

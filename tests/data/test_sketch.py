@@ -71,13 +71,6 @@ def test_with_room_every_order_is_exact_and_unseen_is_zero():
     assert not counts.estimate(unseen).any()
 
 
-def test_typical_is_the_mean_count_of_a_row():
-    ids = rows(500)
-    counts = counts_of(500)
-    counts.add(ids)
-    np.testing.assert_allclose(counts.typical(), true_counts(ids, counts.sets).mean(axis=0), rtol=0.1)
-
-
 def test_shares_add_up_to_one_pass():
     ids = rows(3000)
     whole, one, other = counts_of(3000, memory=1 << 16), counts_of(3000, 1 << 16), counts_of(3000, 1 << 16)

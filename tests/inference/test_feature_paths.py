@@ -88,17 +88,52 @@ def test_a_dropped_sequence_goes_as_a_whole(monkeypatch):
     assert not tokens[0, absent].any()
 
 
-def test_confidence_is_the_count_against_what_is_usual_and_enough():
-    ids = torch.zeros(20, len(TOKENS), dtype=torch.int64)
-    ids[:, column("user")] = torch.arange(20)  # all once
-    ids[:4, column("hour")] = 1  # four and sixteen times
-    made = strategy(ids=ids, order=1, reliable_count=10)
+def columns_of(made, *names):
+    """Confidences [B] of one combination of fields over twenty rows: see `pairs`."""
+    fields = tuple(NAMES.index(name) for name in names)
+    confidence = made.confidence(part_of(pairs(), list(range(20))))
+    return confidence[:, made._counts.sets.index(fields)].tolist()
+
+
+def pairs():
+    """Twenty rows: users that come once, an hour that comes four times and one sixteen times."""
     batch = LOG.batch(0, 20)
-    batch.ids[:] = ids
-    confidence = made.confidence(rows_of(MODEL, batch))
-    assert confidence[:, NAMES.index("user")].tolist() == pytest.approx([1.0] * 20)
-    hour = confidence[:, NAMES.index("hour")].tolist()
-    assert hour == pytest.approx([0.4] * 4 + [1.0] * 16)
+    batch.ids[:] = 0
+    batch.ids[:, column("user")] = torch.arange(20)
+    batch.ids[:4, column("hour")] = 1
+    return rows_of(MODEL, batch)
+
+
+def test_confidence_of_a_value_is_its_count_against_what_is_enough():
+    made = strategy(ids=pairs().batch.ids, order=1, reliable_count=10)
+    assert columns_of(made, "user") == pytest.approx([0.1] * 20)
+    assert columns_of(made, "hour") == pytest.approx([0.4] * 4 + [1.0] * 16)
+
+
+def test_confidence_of_a_pair_is_its_count_against_what_its_values_let_expect():
+    ids = pairs().batch.ids
+    made = strategy(ids=ids, order=2, reliable_count=10)
+    # Seen once, expected 1 x 4 / 20 and 1 x 16 / 20 times, and backed by the user's 0.1.
+    assert columns_of(made, "user", "hour") == pytest.approx([1.1 / 1.2] * 4 + [1.1 / 1.8] * 16)
+    # Seen as often as expected.
+    assert columns_of(made, "item", "hour") == pytest.approx([(4 + 0.4) / (4 + 1)] * 4 + [1.0] * 16)
+
+
+def test_an_unseen_pair_of_familiar_values_counts_less_the_more_it_was_to_be_expected():
+    ids = torch.zeros(400, len(TOKENS), dtype=torch.int64)
+    ids[:200, column("hour")] = 1
+    ids[200:, column("place")] = 1  # never in an hour of 1
+    ids[:20, column("item")] = 1
+    made = strategy(ids=ids, order=2, reliable_count=10)
+    batch = LOG.batch(0, 1)
+    batch.ids[:] = 0
+    batch.ids[0, [column("hour"), column("place"), column("item")]] = 1
+    (confidence,) = made.confidence(rows_of(MODEL, batch)).tolist()
+    names = [tuple(NAMES[field] for field in fields) for fields in made._counts.sets]
+    found = dict(zip(names, confidence, strict=True))
+    assert found["hour", "place"] == pytest.approx(1 / 11)
+    assert found["item", "place"] == pytest.approx(1 / 11)
+    assert found["user", "hour"] == 1.0
 
 
 def test_every_order_has_the_same_say_on_a_field():
