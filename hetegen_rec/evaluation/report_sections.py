@@ -282,12 +282,16 @@ def _role_words(one: Mapping[str, Any], schema: Mapping[str, Any]) -> str:
 def _model_words(config: Mapping[str, Any]) -> str:
     model, train = config.get("model") or {}, config.get("train") or {}
     denoiser, balance = model.get("denoiser") or {}, model.get("balance") or {}
-    parts = {
-        "width": model.get("dim"),
+    backbone = (model.get("backbone") or {}).get("name", "hetegen")
+    own = {
         "layers": denoiser.get("num_layers"),
         "attention guided by difficulty": (denoiser.get("attention") or {}).get("guidance"),
         "balancing": balance.get("form"),
         "click head": (model.get("ctr") or {}).get("head"),
+    }
+    parts = {
+        "width": model.get("dim"),
+        **(own if backbone == "hetegen" else {"backbone": backbone}),
         "batch": train.get("batch_size"),
         "table optimizer": train.get("table_optimizer"),
         "seed": config.get("seed"),

@@ -233,6 +233,7 @@ class Checkpoints:
             state["optimizer"] = canonical_optimizer_state(own)
             shapes = shapes_over_ranks(state["optimizer"], self._runtime)
         self._check_tables(info, tables)
+        self._check_parameters(info, state["model"])
         stored_rows = {name: rows for name, (rows, _) in info.tables.items()}
         grown = grown_parameters(state["model"], vocabulary_parameters(model.module), stored_rows)
         if optimizer is not None:
@@ -286,6 +287,18 @@ class Checkpoints:
                 f"{info.location}: checkpoint of another schema or of other data: {'; '.join(differences)}. "
                 "Use the configuration and the prepared data that it was trained with, or prepare newer data "
                 "with `data.keep_ids_of`, which keeps the ids"
+            )
+
+    def _check_parameters(self, info: CheckpointInfo, here: Mapping[str, Any]) -> None:
+        """Refuses a checkpoint with parameters that the model lacks, which DCP would pass over."""
+        reader = Store(info.location).reader()
+        stored = self._on_main(info.location, lambda: list(reader.read_metadata().state_dict_metadata))
+        spare = sorted({key for key in stored if key.startswith("model.")} - {f"model.{key}" for key in here})
+        if spare:
+            raise CheckpointError(
+                f"{info.location}: does not fit this model, which lacks {spare[0].removeprefix('model.')} "
+                f"and {len(spare) - 1} more parameters of the stored one; use the model section of the "
+                "configuration that the checkpoint was trained with"
             )
 
     def _on_main(self, location: str, read: Callable[[], T]) -> T:

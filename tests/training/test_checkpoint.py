@@ -310,6 +310,15 @@ def test_another_network_is_refused(runtime, job, tmp_path):
         ToyCheckpoints(tmp_path, other).load()
 
 
+def test_a_network_with_more_parameters_than_this_is_refused(runtime, tmp_path):
+    """DCP would load what both have and say nothing."""
+    larger = Job(runtime, "table_wise")
+    larger.model.module.second_score = torch.nn.Linear(4, 1)
+    saved_by(larger, tmp_path)
+    with pytest.raises(CheckpointError, match=r"lacks second_score\.bias and 1 more .*model section"):
+        ToyCheckpoints(tmp_path, Job(runtime, "table_wise")).load()
+
+
 def test_another_format_is_refused(job, tmp_path):
     saved_by(job, tmp_path)
     path = tmp_path / "step-1" / "metadata.json"
