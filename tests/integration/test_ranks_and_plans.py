@@ -90,7 +90,7 @@ def _train(directory: Path, run: NamedRun, runtime: Runtime) -> dict[str, Any]:
     log = config.stage_dir(run.stage) / "log.jsonl"
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     return {
-        "steps": trainer.step,
+        "steps": trainer.state.step,
         "losses": [line["loss"] for line in lines if line["event"] == "train"],
         "auc": [line["auc"] for line in lines if line["event"] == "evaluation"],
         "difficulty": trainer.model.network.difficulty.scalars.detach().numpy().copy(),
