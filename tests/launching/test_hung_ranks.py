@@ -58,6 +58,8 @@ def test_every_rank_tells_its_stack(tmp_path, hang, codes):
         check=False,
     )
     assert result.returncode in codes, result.stderr
-    assert "error: rank 0 stood still for 5 s in step 4 and ends." in result.stderr
-    assert "in gather" in (tmp_path / "stacks" / "rank-0.txt").read_text()
-    assert "in stuck_here" in result.stderr
+    # The ranks write to one stream at the same moment, in pieces that mix; their files do not.
+    told = {path.stem: path.read_text() for path in (tmp_path / "stacks").iterdir()}
+    assert "error: rank 0 stood still for 5 s in step 4 and ends." in told["rank-0"]
+    assert "in gather" in told["rank-0"]
+    assert "in stuck_here" in told.get("rank-1", "") or "in stuck_here" in result.stderr
