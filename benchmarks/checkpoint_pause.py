@@ -27,6 +27,7 @@ import torch
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint.state_dict_saver import save as save_synchronously
 
+from benchmarks.machine import processor
 from hetegen_rec.config.run import RunConfig
 from hetegen_rec.data.cursor import Cursor
 from hetegen_rec.distributed.optimizers import make_optimizer
@@ -262,17 +263,11 @@ def _how_made(runtime: Runtime, arguments: Sequence[str]) -> list[str]:
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
     ).stdout.strip()
     text = (
-        f"`{' '.join([*command, *arguments])}` at commit {commit or 'unknown'}, on {_processor()} with "
-        f"{torch.get_num_threads()} thread(s) a rank, {platform.system()} {platform.release()}, torch "
+        f"`{' '.join([*command, *arguments])}` at commit {commit or 'unknown'}, on "
+        f"{os.cpu_count()} cores of {processor()} with {torch.get_num_threads()} thread(s) a rank, {platform.system()} {platform.release()}, torch "
         f"{torch.__version__}. Load of the machine over the last five minutes: {os.getloadavg()[1]:.1f}."
     )
     return textwrap.wrap(text, _WIDTH, break_on_hyphens=False)
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{len(models)} cores of {models[0]}" if models else platform.machine()
 
 
 def _bytes_of(value: Any, *, replicated: bool) -> int:

@@ -11,10 +11,11 @@ _PACKAGES = ("torch", "torchrec")
 def machine() -> str:
     """Cores, processor and versions in one phrase."""
     packages = ", ".join(f"{name} {version(name)}" for name in _PACKAGES)
-    return f"{os.cpu_count()} cores of {_processor()}, Python {platform.python_version()}, {packages}"
+    return f"{os.cpu_count()} cores of {processor()}, Python {platform.python_version()}, {packages}"
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Its name, as the system knows it."""
     for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()

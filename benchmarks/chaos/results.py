@@ -1,16 +1,13 @@
 """What a campaign found, as a table for the terminal and as a page."""
 
-import os
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
-from pathlib import Path
 
 from rich.table import Table
 
 from benchmarks.chaos.plan import MOMENTS, VICTIMS, Trial
 from benchmarks.chaos.running import RANKS, Verdict
+from benchmarks.machine import machine
 
 _COLUMNS = ("trials", *(f"kills {name}" for name in VICTIMS), "resumed", "bit-identical", "rows exactly once")
 
@@ -70,7 +67,7 @@ def page(results: Sequence[Result], command: str, steps: int) -> str:
         steps: of the reference.
     """
     lines = [
-        *_INTRODUCTION.format(command=command, machine=_machine(), steps=steps, ranks=RANKS).splitlines(),
+        *_INTRODUCTION.format(command=command, machine=machine(), steps=steps, ranks=RANKS).splitlines(),
         "",
         f"| moment | what it is | {' | '.join(_COLUMNS)} |",
         f"|---|---|{'---:|' * len(_COLUMNS)}",
@@ -109,15 +106,3 @@ def _cells(results: Sequence[Result]) -> list[str]:
         sum(not result.verdict.rows for result in results),
     ]
     return [str(count) for count in counts]
-
-
-def _machine() -> str:
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "torchrec"))
-    return f"{_processor()}, {os.cpu_count()} cores, Python {platform.python_version()}, {packages}"
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
