@@ -264,8 +264,9 @@ def _how_made(runtime: Runtime, arguments: Sequence[str]) -> list[str]:
     ).stdout.strip()
     text = (
         f"`{' '.join([*command, *arguments])}` at commit {commit or 'unknown'}, on "
-        f"{os.cpu_count()} cores of {processor()} with {torch.get_num_threads()} thread(s) a rank, {platform.system()} {platform.release()}, torch "
-        f"{torch.__version__}. Load of the machine over the last five minutes: {os.getloadavg()[1]:.1f}."
+        f"{os.cpu_count()} cores of {processor()} with {torch.get_num_threads()} thread(s) a rank, "
+        f"{platform.system()} {platform.release()}, torch {torch.__version__}. Load of the machine over the "
+        f"last five minutes: {os.getloadavg()[1]:.1f}."
     )
     return textwrap.wrap(text, _WIDTH, break_on_hyphens=False)
 
