@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from hetegen_rec import terminal
+from hetegen_rec.config.data import Split
 from hetegen_rec.config.errors import ConfigError
-from hetegen_rec.config.run import RunConfig, Split, Stage
+from hetegen_rec.config.run import RunConfig, Stage
 from hetegen_rec.data.prepare import encode_files
 from hetegen_rec.data.reader import Reader
 from hetegen_rec.data.statistics import Statistics

@@ -10,9 +10,10 @@ from typing import Any
 
 from benchmarks.evidence.grid import DataSet, Grid, as_arguments
 from benchmarks.evidence.records import Record
+from hetegen_rec.config.data import Split
 from hetegen_rec.config.errors import ConfigError
 from hetegen_rec.config.loading import load_config
-from hetegen_rec.config.run import RunConfig, Split, Stage
+from hetegen_rec.config.run import RunConfig, Stage
 
 SEARCH_SEED = 0
 _SPLITS: tuple[Split, ...] = ("train", "valid", "test")

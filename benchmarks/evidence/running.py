@@ -18,7 +18,8 @@ from typing import Any
 from benchmarks.evidence.plan import Run
 from benchmarks.evidence.records import Record
 from benchmarks.evidence.slices import slice_metrics
-from hetegen_rec.config.run import Split, Stage
+from hetegen_rec.config.data import Split
+from hetegen_rec.config.run import Stage
 from hetegen_rec.evaluation.errors import EvaluationError
 from hetegen_rec.evaluation.results import FILE_NAME as EVALUATION
 from hetegen_rec.evaluation.results import read_evaluation

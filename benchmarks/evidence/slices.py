@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.dataset as ds
 
-from hetegen_rec.config.run import RunConfig, Split
+from hetegen_rec.config.data import Split
+from hetegen_rec.config.run import RunConfig
 from hetegen_rec.data.batching import ROW_ID, context_columns
 from hetegen_rec.evaluation.metrics import auc
 from hetegen_rec.evaluation.significance import PredictionTable

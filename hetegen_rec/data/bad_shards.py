@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hetegen_rec.config.run import Split
+from hetegen_rec.config.data import Split
 
 logger = logging.getLogger(__name__)
 

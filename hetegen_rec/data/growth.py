@@ -5,7 +5,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from hetegen_rec.config.run import DataConfig
+from hetegen_rec.config.data import DataConfig
 from hetegen_rec.config.schema import Schema
 from hetegen_rec.data.encoding import vocabulary_path
 from hetegen_rec.data.manifest import read_manifest

@@ -9,7 +9,8 @@ from typing import TypeAlias
 
 import pyarrow as pa
 
-from hetegen_rec.config.run import RunConfig, Split
+from hetegen_rec.config.data import Split
+from hetegen_rec.config.run import RunConfig
 from hetegen_rec.config.schema import Schema
 from hetegen_rec.data.bad_shards import BadShard
 from hetegen_rec.data.columns import ValueType, type_in

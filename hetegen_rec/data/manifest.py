@@ -9,7 +9,8 @@ from pathlib import Path
 
 import fsspec
 
-from hetegen_rec.config.run import DataConfig, RunConfig, Split
+from hetegen_rec.config.data import DataConfig, Split
+from hetegen_rec.config.run import RunConfig
 from hetegen_rec.config.schema import Schema
 from hetegen_rec.data.bad_shards import BadShard
 from hetegen_rec.data.raw import DataError

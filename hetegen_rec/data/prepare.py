@@ -31,7 +31,8 @@ from typing import Any, TypeAlias
 
 import pyarrow as pa
 
-from hetegen_rec.config.run import RunConfig, Split
+from hetegen_rec.config.data import Split
+from hetegen_rec.config.run import RunConfig
 from hetegen_rec.data.accumulators import FieldAccumulator
 from hetegen_rec.data.bad_shards import BadShard, summary, warn_of
 from hetegen_rec.data.columns import ValueType

@@ -7,7 +7,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from hetegen_rec.config.run import RunConfig, Split
+from hetegen_rec.config.data import Split
+from hetegen_rec.config.run import RunConfig
 from hetegen_rec.data.manifest import read_manifest
 from hetegen_rec.data.raw import DataError, RowGroup, list_row_groups
 from hetegen_rec.data.row_pass import num_rows_of

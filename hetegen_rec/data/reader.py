@@ -13,8 +13,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from hetegen_rec.config.data import Split
 from hetegen_rec.config.errors import ConfigError
-from hetegen_rec.config.run import RunConfig, Split
+from hetegen_rec.config.run import RunConfig
 from hetegen_rec.data.batch import Batch
 from hetegen_rec.data.batching import Batcher
 from hetegen_rec.data.cursor import Cursor

@@ -11,8 +11,9 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hetegen_rec.config.data import Split
 from hetegen_rec.config.errors import ConfigError
-from hetegen_rec.config.run import RunConfig, Split
+from hetegen_rec.config.run import RunConfig
 from hetegen_rec.data.cursor import Cursor
 from hetegen_rec.data.reader import Reader
 from hetegen_rec.data.sketch import CombinationCounts

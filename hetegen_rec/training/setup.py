@@ -8,7 +8,8 @@ import torch
 from rich.table import Table
 from torchrec.distributed import DistributedModelParallel
 
-from hetegen_rec.config.run import RunConfig, Split, Stage
+from hetegen_rec.config.data import Split
+from hetegen_rec.config.run import RunConfig, Stage
 from hetegen_rec.data.batching import Batcher
 from hetegen_rec.data.encoding import Encoder
 from hetegen_rec.data.raw import list_row_groups

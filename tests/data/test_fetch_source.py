@@ -4,7 +4,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from hetegen_rec.config import ConfigError, load_config
-from hetegen_rec.config.run import SourceConfig
+from hetegen_rec.config.data import SourceConfig
 from hetegen_rec.data.sources import SourceError, fetch_source, synthetic
 from hetegen_rec.data.sources.raw_shards import shard_rows, split_rows
 

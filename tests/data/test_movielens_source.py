@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hetegen_rec.config.run import SourceConfig
+from hetegen_rec.config.data import SourceConfig
 from hetegen_rec.data.sources import SourceError, fetch_source, movielens
 
 USERS = b"""user_id:token\tage:token\tgender:token\toccupation:token\tzip_code:token

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hetegen_rec.config.run import SourceConfig
+from hetegen_rec.config.data import SourceConfig
 from hetegen_rec.data.sources import movielens, synthetic
 from hetegen_rec.data.sources.errors import SourceError
 
