@@ -2,153 +2,48 @@
 
 import itertools
 import json
-import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from alone import Alone
 from multirank import run_ranks
+from raw_files import (
+    FILES,
+    GROUPS_PER_FILE,
+    ROWS_PER_FILE,
+    ROWS_PER_GROUP,
+    SPLITS,
+    Damage,
+    config_of,
+    cut_off,
+    encoded,
+    flip_a_bit,
+    huge_times,
+    log,
+    make_dangling,
+    make_pipe,
+    named,
+    not_utf8,
+    path_of,
+    rewritten,
+    stored_as,
+    values_of,
+    with_column,
+    with_item_twice,
+    with_value,
+    write,
+    write_raw,
+)
 from tiny_run import write_config
 
 from hetegen_rec.cli import main
-from hetegen_rec.config.loading import parse_config
-from hetegen_rec.config.run import RunConfig
 from hetegen_rec.data.manifest import read_manifest
 from hetegen_rec.data.prepare import encode_files, prepare, read_statistics
 from hetegen_rec.data.raw import DataError
 from hetegen_rec.distributed.runtime import start_runtime
-
-FILES = ("train/a", "train/b", "train/c", "valid/a", "valid/b", "test/a", "test/b")
-ROWS_PER_GROUP = 10
-GROUPS_PER_FILE = 2
-ROWS_PER_FILE = ROWS_PER_GROUP * GROUPS_PER_FILE
-SPLITS = ("train", "valid", "test")
-
-
-def log(num_rows: int, seed: int = 0) -> pa.Table:
-    rng = np.random.default_rng(seed)
-    lists = [rng.integers(0, 9, n).tolist() for n in rng.integers(0, 5, num_rows)]
-    return pa.table(
-        {
-            "click": rng.integers(0, 2, num_rows),
-            "time": rng.integers(0, 10**9, num_rows),
-            "user": [f"user {i}" for i in rng.integers(0, 9, num_rows)],
-            "item": rng.integers(0, 9, num_rows),
-            "price": rng.normal(size=num_rows),
-            "tags": pa.array([[f"tag {i}" for i in values] for values in lists], pa.list_(pa.string())),
-            "history": pa.array(lists, pa.list_(pa.int64())),
-        }
-    )
-
-
-def values_of(root: Path, **data: Any) -> dict[str, Any]:
-    paths = {split: f"{root}/{split}/*.parquet" for split in SPLITS}
-    return {
-        "name": "hostile",
-        "run_dir": str(root / "run"),
-        "data": {**paths, "prepared_dir": str(root / "prepared"), **data},
-        "features": {
-            "label": "click",
-            "timestamp": "time",
-            "user": "user",
-            "item": "item",
-            "fields": [
-                {"name": "user", "kind": "id"},
-                {"name": "item", "kind": "id"},
-                {"name": "price", "kind": "numeric", "num_buckets": 4},
-                {"name": "tags", "kind": "multi_valued", "max_length": 3},
-                {"name": "history", "kind": "sequence", "table": "item", "max_length": 3},
-            ],
-        },
-    }
-
-
-def config_of(root: Path, **data: Any) -> RunConfig:
-    return parse_config(values_of(root, **data), "test")
-
-
-def path_of(root: Path, name: str) -> Path:
-    return root / f"{name}.parquet"
-
-
-def write(path: Path, table: pa.Table, row_group_size: int = ROWS_PER_GROUP) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, path, row_group_size=row_group_size, write_page_checksum=True)
-
-
-def write_raw(root: Path) -> None:
-    for seed, name in enumerate(FILES):
-        write(path_of(root, name), log(ROWS_PER_FILE, seed))
-
-
-def with_column(table: pa.Table, name: str, values: Any) -> pa.Table:
-    return table.set_column(table.column_names.index(name), name, [values])
-
-
-Damage = Callable[[Path], None]
-"""Does something to one raw file."""
-
-
-def rewritten(change: Callable[[pa.Table], pa.Table]) -> Damage:
-    return lambda path: write(path, change(pq.read_table(path)))
-
-
-def with_value(column: str, value: Any) -> Damage:
-    """The value stands in row 13, that is in the second row group."""
-
-    def change(table: pa.Table) -> pa.Table:
-        values = table[column].to_pylist()
-        values[13] = value
-        return with_column(table, column, pa.array(values))
-
-    return rewritten(change)
-
-
-def stored_as(column: str, kind: pa.DataType) -> Damage:
-    return rewritten(lambda table: with_column(table, column, table[column].combine_chunks().cast(kind)))
-
-
-def not_utf8(table: pa.Table) -> pa.Table:
-    values = table["user"].cast(pa.binary()).to_pylist()
-    values[13] = b"caf\xe9"
-    array = pa.array(values, pa.binary())
-    return with_column(table, "user", pa.Array.from_buffers(pa.string(), len(array), array.buffers()))
-
-
-def flip_a_bit(path: Path) -> None:
-    """In the last value of a column of the second row group."""
-    chunk = pq.read_metadata(path).row_group(1).column(3)
-    content = bytearray(path.read_bytes())
-    content[chunk.dictionary_page_offset + chunk.total_compressed_size - 1] ^= 1
-    path.write_bytes(content)
-
-
-def cut_off(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-300])
-
-
-def make_pipe(path: Path) -> None:
-    path.unlink()
-    os.mkfifo(path)
-
-
-def make_dangling(path: Path) -> None:
-    path.unlink()
-    path.symlink_to("nowhere")
-
-
-def with_item_twice(table: pa.Table) -> pa.Table:
-    return table.append_column("item", table["price"])
-
-
-def huge_times(table: pa.Table) -> pa.Table:
-    return with_column(table, "time", pa.array([2**64 - 1] * len(table), pa.uint64()))
 
 
 @dataclass(frozen=True)
@@ -295,10 +190,6 @@ def told_on_two(damaged: dict[str, Path]) -> dict[str, tuple[str, ...]]:
     return dict(zip(damaged, zip(*told, strict=True), strict=True))
 
 
-def encoded(prepared: Path, split: str) -> pa.Table:
-    return pa.concat_tables(pq.read_table(path) for path in sorted((prepared / split).glob("*.parquet")))
-
-
 def write_usable(root: Path, case: Hostile) -> dict[str, list[int]]:
     """Writes raw files of just the rows that can be used; returns their indices in their splits."""
     indices: dict[str, list[int]] = {split: [] for split in SPLITS}
@@ -311,10 +202,6 @@ def write_usable(root: Path, case: Hostile) -> dict[str, list[int]]:
         first_row[split] += ROWS_PER_FILE if name != case.file or case.rows_known else 0
         write(path_of(root, name), log(ROWS_PER_FILE, seed).take(pa.array(kept, pa.int64())))
     return indices
-
-
-def named(cases: Any) -> Any:
-    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
 
 
 @named(HOSTILE)
@@ -371,99 +258,6 @@ def test_skipped_rows_are_told_and_kept_in_the_manifest(
     assert all(place in line for place, line in zip(places, lines, strict=True))
     assert f"{len(places)} bad shard(s) left out: {num_rows or 0} row(s)" in last
     assert json.loads((root / "on_two" / "manifest.json").read_text())["skipped"] == skipped
-
-
-@dataclass(frozen=True)
-class Harmless:
-    """Something odd about a raw file that changes nothing in what is prepared."""
-
-    name: str
-    damage: Damage
-
-
-def without_rows(path: Path) -> None:
-    """More files, without rows: of the same columns, of untyped ones and of none."""
-    empty = log(0)
-    write(path.with_name("empty.parquet"), empty)
-    untyped = [(name, pa.null()) for name in empty.column_names]
-    write(path.with_name("untyped.parquet"), pa.schema(untyped).empty_table())
-    write(path.with_name("bare.parquet"), pa.table({}))
-
-
-def with_empty_groups(path: Path) -> None:
-    table = pq.read_table(path)
-    with pq.ParquetWriter(path, table.schema) as writer:
-        for rows in (table.slice(0, 0), table.slice(0, 7), table.slice(0, 0), table.slice(7)):
-            writer.write_table(rows)
-
-
-def a_file_a_row(path: Path) -> None:
-    table = pq.read_table(path)
-    for row in range(len(table)):
-        write(path.with_name(f"{path.stem}-{row:03d}.parquet"), table.slice(row, 1))
-    path.unlink()
-
-
-HARMLESS = (
-    Harmless("narrower integers", stored_as("item", pa.int32())),
-    Harmless("whole floating-point ids", stored_as("item", pa.float64())),
-    Harmless("dictionary of strings", stored_as("user", pa.dictionary(pa.int32(), pa.string()))),
-    Harmless("files without rows", without_rows),
-    Harmless("row groups without rows", with_empty_groups),
-    Harmless("a file a row", a_file_a_row),
-)
-
-
-@pytest.mark.parametrize("policy", ["stop", "skip"])
-@named(HARMLESS)
-def test_what_only_looks_odd_changes_nothing(case: Harmless, policy, tmp_path):
-    write_raw(tmp_path)
-    expected = prepare(config_of(tmp_path, prepared_dir=f"{tmp_path}/before"), Alone())
-    case.damage(path_of(tmp_path, "train/b"))
-    found = prepare(config_of(tmp_path, on_bad_shard=policy), Alone())
-    assert found.fingerprint == expected.fingerprint
-    assert encoded(tmp_path / "prepared", "train").equals(encoded(tmp_path / "before", "train"))
-    assert not read_manifest(tmp_path / "prepared").skipped
-
-
-def test_lists_of_a_million_values_are_cut_to_length(tmp_path):
-    write_raw(tmp_path)
-    path = path_of(tmp_path, "train/b")
-    table = pq.read_table(path)
-    tags, history = table["tags"].to_pylist(), table["history"].to_pylist()
-    tags[3], history[3] = ["tag 1", "tag 2", "tag 3"], [1, 2, 3]
-    write(path, with_column(with_column(table, "tags", pa.array(tags)), "history", pa.array(history)))
-    expected = prepare(config_of(tmp_path, prepared_dir=f"{tmp_path}/before"), Alone())
-    tags[3], history[3] = tags[3] + ["tag 4"] * 10**6, [4] * 10**6 + history[3]
-    write(path, with_column(with_column(table, "tags", pa.array(tags)), "history", pa.array(history)))
-    assert prepare(config_of(tmp_path), Alone()).fingerprint == expected.fingerprint
-    assert encoded(tmp_path / "prepared", "train").equals(encoded(tmp_path / "before", "train"))
-
-
-def test_hundreds_of_tiny_files_are_rows_like_others(tmp_path):
-    write_raw(tmp_path)
-    table = log(200)
-    for row in range(len(table)):
-        write(tmp_path / "many" / f"{row:03d}.parquet", table.slice(row, 1))
-    write(tmp_path / "one" / "all.parquet", table)
-    for name in ("many", "one"):
-        prepare(
-            config_of(tmp_path, train=f"{tmp_path}/{name}/*", prepared_dir=f"{tmp_path}/from_{name}"), Alone()
-        )
-    assert encoded(tmp_path / "from_many", "train").equals(encoded(tmp_path / "from_one", "train"))
-
-
-def test_not_a_number_is_missing_and_infinities_are_the_outermost_numbers(tmp_path):
-    write_raw(tmp_path)
-    odd = [float("nan"), None, float("-inf"), float("inf")]
-    prices = pa.array([*odd, *range(-8, 8)], pa.float64())
-    for name in FILES:
-        path = path_of(tmp_path, name)
-        write(path, with_column(pq.read_table(path), "price", prices))
-    prepare(config_of(tmp_path), Alone())
-    ids = encoded(tmp_path / "prepared", "train")["price"].to_pylist()
-    others = ids[4:ROWS_PER_FILE]
-    assert ids[:4] == [0, 0, min(others), max(others)]
 
 
 def test_rows_that_break_between_the_passes_leave_no_trace(tmp_path):
