@@ -1,15 +1,12 @@
 """evidence.md and report.html: the same sections for a repository and for a browser."""
 
-import base64
 import html
 import textwrap
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 
 from benchmarks.evidence.sections import Section
-from hetegen_rec.evaluation.plots import to_svg
-from hetegen_rec.evaluation.report_sections import PlotCard
+from hetegen_rec.evaluation.page import html_page, plot, plots
 from hetegen_rec.files import write_whole
 
 TITLE = "Evidence: methods against each other"
@@ -42,46 +39,17 @@ def to_markdown(introduction: str, sections: Sequence[Section]) -> str:
 
 def to_html(introduction: str, sections: Sequence[Section]) -> str:
     """Everything, in the style of a run's report."""
-    style = resources.files("hetegen_rec.evaluation").joinpath("report.css").read_text(encoding="utf-8")
     body = "\n".join(_section(section) for section in sections)
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{TITLE} - hetegen_rec</title>
-<style>
-{style}{_WIDER}
-</style>
-</head>
-<body>
-<main>
-<header>
-<p class="kind">hetegen_rec benchmark</p>
-<h1>{TITLE}</h1>
-<p>{html.escape(introduction)}</p>
-</header>
-{body}
-</main>
-</body>
-</html>
-"""
+    return html_page(
+        TITLE, "benchmark", f"<p>{html.escape(introduction)}</p>", body, more_style=f"{_WIDER}\n"
+    )
 
 
 def _section(section: Section) -> str:
     said = f"<p>{html.escape(section.words)}</p>" if section.words else ""
     tables = "\n".join(table.html() for table in section.tables)
-    plots = "\n".join(_card(card) for card in section.plots)
-    if len(section.plots) > 1:
-        plots = f'<div class="plots">\n{plots}\n</div>'
-    return f"<section>\n<h2>{html.escape(section.title)}</h2>{said}\n{tables}\n{plots}\n</section>"
-
-
-def _card(card: PlotCard) -> str:
-    title, caption = html.escape(card.title), html.escape(card.caption)
-    source = base64.b64encode(to_svg(card.figure)).decode("ascii")
-    image = f'<img alt="{title}" src="data:image/svg+xml;base64,{source}">'
-    return f"<figure><h3>{title}</h3>{image}<figcaption>{caption}</figcaption></figure>"
+    shown = plots(section.plots) if len(section.plots) > 1 else "".join(map(plot, section.plots))
+    return f"<section>\n<h2>{html.escape(section.title)}</h2>{said}\n{tables}\n{shown}\n</section>"
 
 
 def _wrapped(text: str) -> list[str]:

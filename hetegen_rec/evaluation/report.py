@@ -1,15 +1,12 @@
 """report.html: one self-contained page with what a run directory holds, for people."""
 
-import base64
 import html
 import logging
-from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 
 from hetegen_rec.evaluation.errors import EvaluationError
-from hetegen_rec.evaluation.plots import to_svg
-from hetegen_rec.evaluation.report_sections import PlotCard, Section, sections_of
+from hetegen_rec.evaluation.page import html_page, plots
+from hetegen_rec.evaluation.report_sections import Section, sections_of
 from hetegen_rec.evaluation.report_words import verdict
 from hetegen_rec.evaluation.results import STAGE_TITLES, compare_with_scratch, headline_split
 from hetegen_rec.evaluation.run_record import RunRecord, read_run
@@ -46,49 +43,17 @@ def render(record: RunRecord) -> str:
     """The page of a run."""
     split = headline_split(record.evaluations)
     comparisons = compare_with_scratch(record.run_dir, record.evaluations, split)
-    style = resources.files("hetegen_rec.evaluation").joinpath("report.css").read_text(encoding="utf-8")
     stages = ", ".join(STAGE_TITLES[name].lower() for name in record.stages)
     body = "\n".join(_section(section) for section in sections_of(record, split, comparisons))
-    name = html.escape(record.name)
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{name} - hetegen_rec</title>
-<style>
-{style}</style>
-</head>
-<body>
-<main>
-<header>
-<p class="kind">hetegen_rec run</p>
-<h1>{name}</h1>
-<p class="verdict">{html.escape(verdict(record, split, comparisons))}</p>
-</header>
-{body}
-<footer>Stages in this report: {stages}.</footer>
-</main>
-</body>
-</html>
-"""
+    return html_page(
+        record.name,
+        "run",
+        f'<p class="verdict">{html.escape(verdict(record, split, comparisons))}</p>',
+        f"{body}\n<footer>Stages in this report: {stages}.</footer>",
+    )
 
 
 def _section(section: Section) -> str:
     heading = f"<h2>{html.escape(section.title)}</h2>" if section.title else ""
     words = f"<p>{html.escape(section.words)}</p>" if section.words else ""
-    return f"<section>\n{heading}{words}\n{section.blocks}\n{_plots(section.plots)}\n</section>"
-
-
-def _plots(cards: Sequence[PlotCard]) -> str:
-    if not cards:
-        return ""
-    return '<div class="plots">\n' + "\n".join(_card(card) for card in cards) + "\n</div>"
-
-
-def _card(card: PlotCard) -> str:
-    title, caption = html.escape(card.title), html.escape(card.caption)
-    # An image of its own keeps the ids inside one SVG apart from those of the others.
-    source = base64.b64encode(to_svg(card.figure)).decode("ascii")
-    image = f'<img alt="{title}" src="data:image/svg+xml;base64,{source}">'
-    return f"<figure><h3>{title}</h3>{image}<figcaption>{caption}</figcaption></figure>"
+    return f"<section>\n{heading}{words}\n{section.blocks}\n{plots(section.plots)}\n</section>"
