@@ -137,11 +137,7 @@ def open_trainer(
     checkpoints = open_checkpoints(config, stage, statistics, runtime)
     newest = None if fresh else checkpoints.latest()
     if newest is not None:
-        if not knows_configuration(
-            config, stage
-        ):  # a run directory that was lost, with checkpoints elsewhere
-            earlier = RunConfig.model_validate(newest.metadata["config"])
-            check_changes(earlier, config, stage, newest.location, accept_changes=accept_changes)
+        _check_configuration(config, stage, newest, accept_changes=accept_changes)
         load_checkpoint(config, checkpoints, newest, statistics, model, optimizer)
         state = _state_of(newest, statistics, readers[0])
         _check_budget(config, stage, state)
@@ -157,27 +153,35 @@ def open_trainer(
             if newest is None:
                 clear_attempt(config, stage, checkpoints.clear)
             begin_attempt(config, stage, runtime.job_id)
-    kept = config.checkpoints
     stop = StopRequest()
     stacks = directory / "stacks" / f"rank-{runtime.rank}.txt"
     watchdog = Watchdog(config.distributed.timeout_seconds, runtime.rank, stacks, stop)
     with (
         stop,
-        CheckpointWriter(
-            checkpoints, runtime, keep=kept.keep, failed_writes_allowed=kept.failed_writes_allowed
-        ) as writer,
-        RunLog(
-            directory,
-            state.step,
-            is_evaluated=not state.evaluation_due,
-            enabled=runtime.is_main,
-            tensorboard=config.train.tensorboard,
-        ) as log,
+        _open_writer(config, checkpoints, runtime) as writer,
+        _open_log(config, stage, state, runtime) as log,
     ):
         writer.reserve(model.dmp, optimizer)
         yield Trainer(
             config, stage, model, optimizer, statistics, readers, state, writer, log, stop, watchdog, runtime
         )
+
+
+def _open_writer(config: RunConfig, checkpoints: Checkpoints, runtime: Runtime) -> CheckpointWriter:
+    kept = config.checkpoints
+    return CheckpointWriter(
+        checkpoints, runtime, keep=kept.keep, failed_writes_allowed=kept.failed_writes_allowed
+    )
+
+
+def _open_log(config: RunConfig, stage: Stage, state: StageState, runtime: Runtime) -> RunLog:
+    return RunLog(
+        config.stage_dir(stage),
+        state.step,
+        is_evaluated=not state.evaluation_due,
+        enabled=runtime.is_main,
+        tensorboard=config.train.tensorboard,
+    )
 
 
 def open_checkpoints(
@@ -260,6 +264,15 @@ def _newest(pretraining: Checkpoints) -> CheckpointInfo:
             "checkpoint; run `pretrain` with the same config first, or train from scratch (`scratch`)"
         )
     return newest
+
+
+def _check_configuration(
+    config: RunConfig, stage: Stage, newest: CheckpointInfo, *, accept_changes: bool
+) -> None:
+    """Refuses to go on under another configuration, where only the checkpoint tells of the earlier one."""
+    if not knows_configuration(config, stage):  # the run directory was lost; the checkpoints lie elsewhere
+        earlier = RunConfig.model_validate(newest.metadata["config"])
+        check_changes(earlier, config, stage, newest.location, accept_changes=accept_changes)
 
 
 def _check_budget(config: RunConfig, stage: Stage, state: StageState) -> None:
