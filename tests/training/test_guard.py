@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from multirank import run_ranks
+from one_thread import one_thread  # noqa: F401
 from small_log import SCHEMA, Log, build_model, column, model_config
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
@@ -114,14 +115,6 @@ def _changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]:
 def runtime() -> Iterator[Runtime]:
     with start_runtime("cpu") as runtime:
         yield runtime
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # --- ways to spoil a step ---
