@@ -17,6 +17,7 @@ from pydantic import (
 from hetegen_rec.config.backbone import BackboneConfig
 from hetegen_rec.config.data import DataConfig, Split
 from hetegen_rec.config.errors import Section
+from hetegen_rec.config.incremental import IncrementalConfig, StaleIdsConfig
 from hetegen_rec.config.inference import InferenceConfig
 from hetegen_rec.config.schema import Schema
 from hetegen_rec.config.values import Probability, Widths, as_tuple
@@ -192,6 +193,8 @@ class StageConfig(Section):
     patience: PositiveInt | None = None
     """Click stages stop after this many evaluations without a better validation AUC; null runs all
     epochs. Either way `evaluate` and `predict` take the checkpoint of the best evaluation."""
+    stale_ids: StaleIdsConfig | None = None
+    """Holds the table rows of ids that were not seen lately near where they are; `incremental` sets it."""
 
 
 class StagesConfig(Section):
@@ -318,6 +321,7 @@ class RunConfig(Section):
     distributed: DistributedConfig = DistributedConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     inference: InferenceConfig = InferenceConfig()
+    incremental: IncrementalConfig = IncrementalConfig()
 
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":
