@@ -130,9 +130,16 @@ def _parser_of(verb: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.max_steps=4")
     parser.set_defaults(stage=None, checkpoint=None, split="test", input=[], output=None)
-    parser.set_defaults(fresh=False, accept_changes=False)
+    parser.set_defaults(fresh=False, accept_changes=False, with_report=True)
     if verb in ("pretrain", "finetune", "joint", "scratch", "demo"):
         _add_training_options(parser)
+    if verb in ("pretrain", "finetune", "joint", "scratch", "demo", "evaluate"):
+        parser.add_argument(
+            "--no-report",
+            dest="with_report",
+            action="store_false",
+            help="leave out report.html, whose plots take seconds; `hetegen report` writes it any time",
+        )
     if verb in ("evaluate", "predict"):
         _add_model_options(parser)
     if verb == "predict":
@@ -196,6 +203,7 @@ def _run(verb: str, options: argparse.Namespace) -> int:
                 output=options.output,
                 fresh=options.fresh,
                 accept_changes=options.accept_changes,
+                with_report=options.with_report,
             )
             with show_log(runtime.rank):
                 return _run_job(VERBS[verb][0], job)

@@ -59,6 +59,8 @@ class Job:
     """Train anew and replace what earlier attempts left, instead of going on with it."""
     accept_changes: bool = False
     """Go on with an earlier attempt also where settings differ that say how to train."""
+    with_report: bool = True
+    """Write the run's report.html after training and evaluation."""
 
 
 def prepare_data(job: Job) -> None:
@@ -174,7 +176,8 @@ def _evaluate(job: Job) -> None:
 def _show_results(job: Job) -> None:
     if job.runtime.is_main:
         terminal.results().print(results_tables(job.config.run_dir))
-        report(job)
+        if job.with_report:
+            report(job)
 
 
 @dataclass

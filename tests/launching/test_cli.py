@@ -63,6 +63,13 @@ def test_training_starts_anew_only_if_asked(verb, config, seen):
     assert [job.fresh for job in seen] == [False, True]
 
 
+@pytest.mark.parametrize("verb", ["pretrain", "scratch", "evaluate"])
+def test_the_report_can_be_left_out(verb, config, seen):
+    assert cli.main([verb, "--config", config]) == 0
+    assert cli.main([verb, "--config", config, "--no-report"]) == 0
+    assert [job.with_report for job in seen] == [True, False]
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
