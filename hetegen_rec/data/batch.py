@@ -1,6 +1,8 @@
 """One step's rows, as the pipeline moves them: a KJT with one key per token, and what goes with it."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torchrec import KeyedJaggedTensor
@@ -42,26 +44,36 @@ class Batch(Pipelineable):
     context: dict[str, torch.Tensor] = field(default_factory=dict)
     """[B] columns for evaluation, never model input: `user_key`, `user_rows`, `item_rows`,
     `timestamp` (int64), those that the schema gives."""
+    movement: torch.Tensor | None = None
+    """[B, T] float32 in (0, 1]: factor on the gradient of each cell's table row, below 1 for ids that are
+    held; None where none is."""
 
-    _TENSORS = ("ids", "log_prior", "log_rate", "labels", "row_ids", "strata")
+    _TENSORS = ("ids", "log_prior", "log_rate", "labels", "row_ids", "strata", "movement")
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Batch":
         """A copy on `device`. The context stays where it is: only the host reads it."""
-        moved = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in self._TENSORS}
+        moved: dict[str, Any] = {
+            name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self._tensors()
+        }
         return replace(self, kjt=self.kjt.to(device, non_blocking=non_blocking), **moved)
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Keeps the memory of this batch until `stream` has passed."""
         self.kjt.record_stream(stream)
-        for name in self._TENSORS:
-            getattr(self, name).record_stream(stream)
+        for _, tensor in self._tensors():
+            tensor.record_stream(stream)
 
     def pin_memory(self) -> "Batch":
         """A copy in pinned memory, from which copies to a CUDA device are asynchronous."""
-        pinned = {name: getattr(self, name).pin_memory() for name in self._TENSORS}
+        pinned: dict[str, Any] = {name: tensor.pin_memory() for name, tensor in self._tensors()}
         return replace(self, kjt=self.kjt.pin_memory(), **pinned)
 
     @property
     def num_rows(self) -> int:
         """Rows of this batch, padding included."""
         return self.labels.shape[0]
+
+    def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors that are there, by name."""
+        found = ((name, getattr(self, name)) for name in self._TENSORS)
+        return ((name, tensor) for name, tensor in found if tensor is not None)

@@ -4,6 +4,7 @@ The work is done on one matrix [T, B] of ids, tokens first as in the KJT, with -
 Only multi-valued fields need more: their bags of several values are spliced in beside the matrix.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,10 +66,16 @@ class Batcher:
 
     It holds the log-frequencies of all ids in two flat arrays, one segment a field (prior) or a table
     (rate), so that one gather serves all tokens. A segment starts with the entry of the empty bag, 0.
-    The probabilities of dropout, if there is any, lie as the rates do.
+    The probabilities of dropout and the factors of movement, if there are any, lie as the rates do.
     """
 
-    def __init__(self, schema: Schema, statistics: Statistics, oov_dropout: float = 0.0):
+    def __init__(
+        self,
+        schema: Schema,
+        statistics: Statistics,
+        oov_dropout: float = 0.0,
+        movement: Mapping[str, NDArray[np.float32]] | None = None,
+    ):
         """Lays out the frequencies.
 
         Args:
@@ -78,6 +85,7 @@ class Batcher:
                 out-of-vocabulary id with probability a / (a + n), for everything that the model sees
                 and reconstructs. Whether it does is a hash of (noise seed, row id, place in the row).
                 The frequencies are those under dropout.
+            movement: by table, [num_ids] factors on the gradients of its rows; None for no factors.
         """
         self.schema = schema
         self.encoded_schema = encoded_schema(schema)
@@ -92,6 +100,7 @@ class Batcher:
         if oov_dropout:
             lookups = {name: statistics.lookups(name) for name in tables}
             self._dropout, _ = _flatten({n: drop_probability(lookups[n], oov_dropout) for n in tables})
+        self._movement = None if movement is None else _flatten({n: movement[n] for n in tables})[0]
         self._prior_starts = np.array([prior_segments[f.name] for f in token_fields])[:, None]
         self._rate_starts = np.array([rate_segments[f.table_name] for f in token_fields])[:, None]
         self._num_ids = np.array([len(rates[f.table_name]) for f in token_fields])[:, None]
@@ -123,6 +132,9 @@ class Batcher:
             self._drop_rare(self._dropout, ids, bags, row_ids, noise_seed)
         log_prior = self._look_up(self._log_prior, self._prior_starts, ids, bags)
         log_rate = self._look_up(self._log_rate, self._rate_starts, ids, bags)
+        movement = None
+        if self._movement is not None:
+            movement = _rows_first(self._look_up(self._movement, self._rate_starts, ids, bags))
         return Batch(
             kjt=self._kjt(ids, bags),
             ids=_rows_first(ids),
@@ -138,6 +150,7 @@ class Batcher:
                 name: _tensor(_column(table, column).astype(np.int64))
                 for name, column in context_columns(self.schema).items()
             },
+            movement=movement,
         )
 
     def conform(self, table: pa.Table, where: str) -> pa.Table:
@@ -217,16 +230,18 @@ class Batcher:
 
     def _look_up(
         self,
-        frequencies: NDArray[np.float32],
+        by_id: NDArray[np.float32],
         starts: NDArray[np.int64],
         ids: NDArray[np.int64],
         bags: dict[int, _Bags],
     ) -> NDArray[np.float32]:
-        """[T, B] log-frequencies; of a bag the mean of its values' logs, so that no value dominates."""
+        """[T, B] log-frequencies or factors; of a bag the mean over its values: of logs, so that no value
+        dominates.
+        """
         # The range is checked already, and this mode is the fast one.
-        found = frequencies.take(ids + (starts + 1), mode="clip")
+        found = by_id.take(ids + (starts + 1), mode="clip")
         for token, bag in bags.items():
-            found[token] = bag.mean(frequencies.take(bag.values + (starts[token] + 1), mode="clip"))
+            found[token] = bag.mean(by_id.take(bag.values + (starts[token] + 1), mode="clip"))
         return found
 
     def _drop_rare(
@@ -295,7 +310,7 @@ def _problem_of_values(column: pa.ChunkedArray, name: str) -> str | None:
 
 
 def _flatten(
-    arrays: dict[str, NDArray[np.floating[Any]]],
+    arrays: Mapping[str, NDArray[np.floating[Any]]],
 ) -> tuple[NDArray[np.float32], dict[str, int]]:
     """One array of segments, each a zero and then the array; and where each segment starts."""
     starts, total = {}, 0

@@ -5,7 +5,7 @@ lane while the current one is served; the other cuts windows into steps and make
 """
 
 import heapq
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from threading import Event
 
@@ -216,6 +216,7 @@ def open_reader(
     train: bool,
     seed: int,
     oov_dropout: float,
+    movement: Mapping[str, NDArray[np.float32]] | None = None,
     encoder: Encoder | None = None,
 ) -> Reader:
     """Opens one split of a prepared data set.
@@ -233,6 +234,7 @@ def open_reader(
         train: whether to train on the rows, or to evaluate them.
         seed: of the shuffle and of the noise.
         oov_dropout: see `Batcher`.
+        movement: see `Batcher`.
         encoder: encodes raw rows; needed if and only if `data.encode` is `on_the_fly`.
 
     Raises:
@@ -242,7 +244,7 @@ def open_reader(
     data = config.data
     if (data.encode == "on_the_fly") != (encoder is not None):
         raise ValueError(f"`data.encode: {data.encode}` and encoder {encoder!r} do not fit")
-    batcher = Batcher(config.features, statistics, oov_dropout)
+    batcher = Batcher(config.features, statistics, oov_dropout, movement)
     columns = batcher.encoded_schema.names if encoder is None else required_columns(config.features)
     num_lanes = (data.lanes or world_size) if train else world_size
     if not train:

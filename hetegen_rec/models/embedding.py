@@ -67,15 +67,29 @@ class TokenAssembly(nn.Module):
         keys_by_table = [key for keys in self.tables.values() for key in keys]
         self.order = [keys_by_table.index(token.key) for token in schema.tokens]
         self.in_schema_order = self.order == sorted(self.order)
+        places = {token.key: place for place, token in enumerate(schema.tokens)}
+        self.places = {table: [places[key] for key in keys] for table, keys in self.tables.items()}
 
-    def forward(self, looked_up: KeyedTensor) -> tuple[Tensor, Tensor]:
-        """Returns tokens [B, T, D] and the squared norms [B, T] of the table rows behind them."""
+    def forward(self, looked_up: KeyedTensor, movement: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Returns tokens [B, T, D] and the squared norms [B, T] of the table rows behind them.
+
+        Args:
+            looked_up: a key per token.
+            movement: [B, T] factors on the gradients of the table rows; None for no factors.
+        """
         rows = looked_up.to_dict()
         tokens, norms = [], []
         for table, keys in self.tables.items():
             block = torch.stack([rows[key] for key in keys], dim=1)  # [B, T_table, dim]
+            if movement is not None:
+                block = scale_gradient(block, movement[:, self.places[table], None])
             norms.append(block.square().sum(-1))
             tokens.append(self.projections[table](block) if table in self.projections else block)
         if self.in_schema_order:
             return torch.cat(tokens, 1), torch.cat(norms, 1)
         return torch.cat(tokens, 1)[:, self.order], torch.cat(norms, 1)[:, self.order]
+
+
+def scale_gradient(values: Tensor, factor: Tensor) -> Tensor:
+    """The values as they are; their gradient is multiplied by the factor, which broadcasts to their shape."""
+    return torch.lerp(values.detach(), values, factor.to(values.dtype))

@@ -71,7 +71,7 @@ class ClickNetwork(nn.Module, ABC):
         """Looked-up rows and the batch they belong to -> loss and outputs."""
         device = batch.labels.device.type
         with torch.autocast(device, torch.bfloat16, enabled=self.autocast):
-            tokens, norms = self.assembly(looked_up)
+            tokens, norms = self.assembly(looked_up, batch.movement)
             present = batch.ids >= 0
             logits = None
             terms: dict[str, Tensor] = {}

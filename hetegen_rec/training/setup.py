@@ -4,7 +4,9 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.table import Table
 from torchrec.distributed import DistributedModelParallel
 
@@ -14,6 +16,7 @@ from hetegen_rec.data.batching import Batcher
 from hetegen_rec.data.encoding import Encoder
 from hetegen_rec.data.raw import list_row_groups
 from hetegen_rec.data.reader import Reader, open_reader
+from hetegen_rec.data.staleness import Staleness
 from hetegen_rec.data.statistics import Statistics
 from hetegen_rec.distributed.optimizers import attach_table_optimizer
 from hetegen_rec.distributed.planning import PlannedTable, agree_on_plan, plan_summary
@@ -96,8 +99,19 @@ def open_split(
         train=train,
         seed=config.seed,
         oov_dropout=config.stage(stage).oov_dropout if stage is not None else 0.0,
+        movement=_movement(config, stage, statistics) if stage is not None else None,
         encoder=encoder,
     )
+
+
+def _movement(
+    config: RunConfig, stage: Stage, statistics: Statistics
+) -> dict[str, NDArray[np.float32]] | None:
+    """By table, how much of its movement the row of each id keeps; None where no id is held."""
+    held = config.stage(stage).stale_ids
+    if held is None:
+        return None
+    return Staleness.load(held.directory).factors(statistics, held.regularisation)
 
 
 def open_encoded(config: RunConfig, directory: Path, statistics: Statistics, runtime: Runtime) -> Reader:
