@@ -13,7 +13,7 @@ from hetegen_rec.data.batch import Batch
 from hetegen_rec.data.batching import Batcher, encoded_schema
 from hetegen_rec.data.cursor import Cursor, Served
 from hetegen_rec.data.statistics import FieldStatistics, Statistics
-from hetegen_rec.models.corruption import Corrupted, Corruption, RowNoise
+from hetegen_rec.models.corruption import Corrupted, Diffusion, RowNoise
 from hetegen_rec.models.hetegen import HeteGen, build_model
 
 DIM = 8
@@ -152,5 +152,5 @@ def tables_of(model: HeteGen) -> dict[str, Tensor]:
 def corrupt(log: Log, tokens: Tensor, batch: Batch | None = None, **noise: Any) -> Corrupted:
     """Noises tokens [B, T, D] of a batch, by default the whole log."""
     batch = batch or log.batch()
-    corruption = Corruption(SCHEMA, model_config(noise=noise).noise, tokens.shape[-1], swappable=FULL)
+    corruption = Diffusion(SCHEMA, model_config(noise=noise).noise, tokens.shape[-1], swappable=FULL)
     return corruption(tokens, batch, RowNoise(batch, len(TOKENS)))

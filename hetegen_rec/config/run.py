@@ -19,6 +19,7 @@ from hetegen_rec.config.data import DataConfig, Split
 from hetegen_rec.config.errors import Section
 from hetegen_rec.config.incremental import IncrementalConfig, StaleIdsConfig
 from hetegen_rec.config.inference import InferenceConfig
+from hetegen_rec.config.objective import ObjectiveConfig
 from hetegen_rec.config.schema import Schema
 from hetegen_rec.config.values import Probability, Widths, as_tuple
 
@@ -141,6 +142,7 @@ class ModelConfig(Section):
     init_std: PositiveFloat = 0.01
     """Standard deviation of the embedding tables at the start."""
     denoiser: DenoiserConfig = DenoiserConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
     noise: NoiseConfig = NoiseConfig()
     reconstruction: ReconstructionConfig = ReconstructionConfig()
     balance: BalanceConfig = BalanceConfig()
@@ -159,7 +161,17 @@ class ModelConfig(Section):
                 f"`backbone.generate: true` has no effect with `ctr.head: {self.ctr.head}`, which reads no "
                 "fields; remove it, or take `ctr.head: mlp`"
             )
+        if self.balance.form in ("aligned", "conditional") and not self.objective.knows_noise_levels:
+            raise ValueError(
+                f"`balance.form: {self.balance.form}` needs the noise levels and the label that only "
+                f"`objective.name: diffusion` has, not `{self.objective.name}`; take another form"
+            )
         return self
+
+    @property
+    def label_in_set(self) -> bool:
+        """Whether the generative stages predict the label, as one more element of the row."""
+        return self.objective.knows_noise_levels and self.noise.label_in_set
 
 
 class StageConfig(Section):
@@ -239,6 +251,9 @@ class TrainConfig(Section):
     max_skipped_steps: PositiveInt = 10
     """`skip` only: one more such step of a stage ends training."""
     tensorboard: bool = True
+    probe_gradients_every: PositiveInt | None = None
+    """Generative stages: steps between two looks at the gradient of every field's loss on shared weights, for
+    the log; null for none, at no cost."""
 
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":
@@ -337,7 +352,8 @@ class RunConfig(Section):
                 f"`train.batch_size: {self.train.batch_size}` must be divisible by `data.lanes: {lanes}`"
             )
         self.model.backbone.check_schema(self.features)
-        if self.model.balance.form == "aligned" and not self.model.noise.label_in_set:
+        self.model.objective.check_schema(self.features)
+        if self.model.balance.form == "aligned" and not self.model.label_in_set:
             raise ValueError(
                 "`model.balance.form: aligned` compares with the click gradient and needs "
                 "`model.noise.label_in_set: true`"

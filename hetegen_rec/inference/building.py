@@ -26,6 +26,7 @@ from hetegen_rec.inference.strategy import Rows, Strategy
 from hetegen_rec.inference.symmetric import Symmetric
 from hetegen_rec.inference.uncertainty import Uncertainty, threshold_of
 from hetegen_rec.models.hetegen import HeteGenNetwork
+from hetegen_rec.models.reconstruction import Reconstruction
 
 logger = logging.getLogger(__name__)
 
@@ -61,10 +62,14 @@ def build_strategy(model: TrainedModel) -> Strategy:
 
 def _symmetric(model: TrainedModel) -> Strategy:
     network, config = model.lookup.network, model.config
-    if not isinstance(network, HeteGenNetwork) or network.mask_tokens is None:
+    if (
+        not isinstance(network, HeteGenNetwork)
+        or network.mask_tokens is None
+        or not isinstance(network.reconstruction, Reconstruction)
+    ):
         raise ConfigError(
             "inference.strategy: symmetric regenerates cells, which this model has not learnt; evaluate a "
-            "`joint` or `finetune` stage, or choose another strategy"
+            "`joint` or `finetune` stage of `model.objective.name: diffusion`, or choose another strategy"
         )
     settings = config.inference.symmetric
     candidates = look_up_candidates(

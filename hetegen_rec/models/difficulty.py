@@ -25,6 +25,21 @@ _MAX_AGAINST_BASELINE = 2.0
 
 
 @dataclass
+class Probe:
+    """Gradients on the last shared weight, measured now and then; equal on all ranks."""
+
+    norms: Tensor
+    """[F]: norm of the gradient of each field's relative loss, whatever its weight."""
+    alignment: Tensor | None
+    """[F]: cosine with the gradient of the label loss, in [-1, 1]; None if the label is not in the set."""
+
+    @property
+    def shares(self) -> Tensor:
+        """[F]: each norm as a share of their sum; 0 where nothing has a gradient."""
+        return self.norms / self.norms.sum().clamp(min=torch.finfo(self.norms.dtype).tiny)
+
+
+@dataclass
 class FieldLosses:
     """Reconstruction losses of the global batch, per field F and noise bin K; equal on all ranks."""
 
@@ -36,6 +51,8 @@ class FieldLosses:
     """[F]: cross-entropy of a uniform guess."""
     baseline: Tensor
     """[F]: cross-entropy of the field's marginal distribution."""
+    probe: Probe | None = None
+    """Their gradients, in steps that measured them."""
 
     @property
     def relative(self) -> Tensor:
@@ -60,16 +77,6 @@ class FieldLosses:
     def over_bins(self, values: Tensor) -> Tensor:
         """Mean of values [F, K] over the bins by their share of targets, [F]."""
         return (values * self.share).sum(1)
-
-
-@dataclass
-class Probe:
-    """Gradients on the last shared weight, measured now and then; equal on all ranks."""
-
-    norms: Tensor
-    """[F]: norm of the gradient of each field's relative loss."""
-    alignment: Tensor | None
-    """[F]: cosine with the gradient of the label loss, in [-1, 1]; None if the label is not in the set."""
 
 
 class Difficulty(nn.Module):

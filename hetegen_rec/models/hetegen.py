@@ -12,13 +12,14 @@ from hetegen_rec.data.statistics import Statistics
 from hetegen_rec.models.attention import Guidance
 from hetegen_rec.models.backbones.network import BackboneNetwork
 from hetegen_rec.models.balancing import make_difficulty
-from hetegen_rec.models.corruption import LABEL_MASK_ID, Corrupted, Corruption, RowNoise, uniform_of_batch
+from hetegen_rec.models.corruption import LABEL_MASK_ID, Corrupted, Diffusion, RowNoise, uniform_of_batch
 from hetegen_rec.models.ctr import LabelHead, MLPHead
 from hetegen_rec.models.denoiser import Denoiser
 from hetegen_rec.models.difficulty import FieldLosses, Probe
 from hetegen_rec.models.embedding import build_tables, table_shapes
 from hetegen_rec.models.network import ClickNetwork, Outputs
-from hetegen_rec.models.reconstruction import Reconstruction, RowLosses
+from hetegen_rec.models.objectives.factory import make_objective
+from hetegen_rec.models.reconstruction import RowLosses
 from hetegen_rec.models.reduction import mean_over_ranks, num_ranks, sum_over_ranks
 
 _LEAST_REAL = 1e-6
@@ -44,11 +45,15 @@ class HeteGen(nn.Module):
 class HeteGenNetwork(ClickNetwork):
     """Corruption, denoiser, heads and difficulty: everything that is replicated.
 
+    The objective (`model.objective`) decides which corruption and which heads.
+
     Stages (docs/method.md section 7): `pretrain` reconstructs noised rows, the label among them; `finetune`
     and `scratch` score clean rows; `joint` does both on one lookup.
     """
 
     column_of_element: Tensor
+    probe_every: int | None = None
+    """Steps between two probes of the gradients for the log, besides those of the form of balancing."""
 
     def __init__(
         self,
@@ -61,11 +66,8 @@ class HeteGenNetwork(ClickNetwork):
         autocast: bool = False,
     ) -> None:
         super().__init__(schema, statistics, model, stage, table_l2=table_l2, autocast=autocast)
-        self.reconstruction = Reconstruction(schema, statistics, model.dim, model.reconstruction)
+        self.reconstruction, self.corruption = make_objective(schema, statistics, model)
         self.fields = self.reconstruction.fields
-        self.corruption = Corruption(
-            schema, model.noise, model.dim, swappable=self.reconstruction.full_fields
-        )
         self.denoiser = Denoiser(len(schema.tokens), model.dim, model.denoiser)
         self.difficulty = make_difficulty(len(self.fields), model.balance)
         self.label_head = LabelHead(model.dim)
@@ -96,7 +98,7 @@ class HeteGenNetwork(ClickNetwork):
             _freeze(self.reconstruction, self.corruption, self.difficulty)
         if not self.scores_clicks and self.ctr_head is not None:
             _freeze(self.ctr_head)
-        diffuses_label = self.is_generative and self.config.noise.label_in_set
+        diffuses_label = self.is_generative and self.config.label_in_set
         reads_label = self.scores_clicks and self.ctr_head is None
         if not (diffuses_label or reads_label):
             _freeze(self.label_head)
@@ -121,9 +123,7 @@ class HeteGenNetwork(ClickNetwork):
     @property
     def mask_tokens(self) -> Tensor | None:
         """[T, D]: the [MASK] vector of every token; None if no stage up to this one has trained them."""
-        if self.stage == "scratch":
-            return None
-        return self.corruption.mask_vectors[self.corruption.field_of_token]
+        return None if self.stage == "scratch" else self.corruption.mask_tokens
 
     def guidance(self) -> Guidance:
         """Gains and key biases over the T + 1 elements; the label and unscored fields are neutral."""
@@ -152,11 +152,11 @@ class HeteGenNetwork(ClickNetwork):
         )
         rows = self.reconstruction(hidden, tokens, batch, corrupted, noise)
         local, fields = self._reduce(rows, batch, corrupted)
-        probe = None
-        label = self._label_loss(hidden, batch, corrupted) if self.config.noise.label_in_set else None
-        if self.difficulty.wants_probe and self._is_probe_step(batch):
-            probe = self._probe(local, fields, label)
-        self.difficulty.observe(fields, probe)
+        label = self._label_loss(hidden, batch, corrupted) if self.config.label_in_set else None
+        for_form = self.difficulty.wants_probe and _is_one_in(self.config.balance.probe_every, batch)
+        if for_form or (self.probe_every is not None and _is_one_in(self.probe_every, batch)):
+            fields.probe = self._probe(local, fields, label)
+        self.difficulty.observe(fields, fields.probe if for_form else None)
         weighted = self.difficulty.weights() * self._relative_to_form(local, fields)
         terms = {
             "generative": weighted.sum() / len(self.fields),
@@ -203,10 +203,6 @@ class HeteGenNetwork(ClickNetwork):
         count = sum_over_ranks(masked.sum())
         return (loss * masked).sum() * num_ranks() / count.clamp(min=1.0)
 
-    def _is_probe_step(self, batch: Batch) -> bool:
-        """One step in `probe_every`, chosen without state and equally on every rank."""
-        return uniform_of_batch(batch) * self.config.balance.probe_every < 1.0
-
     def _probe(self, local: Tensor, fields: FieldLosses, label: Tensor | None) -> Probe:
         """Gradients of every field's loss and of the label loss on the last shared weight."""
         weight = self.denoiser.shared_weight
@@ -248,6 +244,7 @@ def build_model(
         autocast=train.precision == "bf16",
     )
     if isinstance(network, HeteGenNetwork):
+        network.probe_every = train.probe_gradients_every
         _check_reconstruction(network)
     return HeteGen(build_tables(schema, table_shapes(schema, statistics, model.dim)), network)
 
@@ -268,12 +265,17 @@ def _check_reconstruction(network: HeteGenNetwork) -> None:
             f"stage `{network.stage}` has nothing to reconstruct: no field of the schema has "
             "`reconstruct: true` and at least two values in the training rows"
         )
-    if network.config.noise.kind == "marginal" and not network.reconstruction.full_fields:
+    if isinstance(network.corruption, Diffusion) and network.corruption.lacks_swaps:
         raise ConfigError(
             "model.noise.kind: marginal takes other rows' values for fields with a full softmax, and there "
             "are none; raise `model.reconstruction.full_softmax_max` to the size of a vocabulary, or use "
             "`mask`"
         )
+
+
+def _is_one_in(every: int, batch: Batch) -> bool:
+    """True for one step in `every` on average, chosen without state and equally on every rank."""
+    return uniform_of_batch(batch) * every < 1.0
 
 
 def _one_hot_bins(level: Tensor, num_bins: int) -> Tensor:

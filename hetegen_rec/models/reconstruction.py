@@ -1,6 +1,7 @@
 """Heads that predict the noised cells of a row, one loss per row and field (docs/method.md section 4)."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hetegen_rec.config.errors import ConfigError
-from hetegen_rec.config.run import ReconstructionConfig
+from hetegen_rec.config.run import ModelConfig, ReconstructionConfig
 from hetegen_rec.config.schema import NUM_RESERVED_IDS, Field, Schema
 from hetegen_rec.data.batch import Batch
 from hetegen_rec.data.statistics import Statistics
@@ -30,9 +31,10 @@ class RowLosses:
     is_target: Tensor
     """[B, F] bool."""
     chance: Tensor
-    """[F]: cross-entropy of a uniform guess on this rank's batch: log V, or log(1 + K)."""
+    """[F]: cross-entropy of a uniform guess on this rank's batch, such as log V, or log(1 + K)."""
     baseline: Tensor
-    """[F]: cross-entropy of the field's own marginal distribution: its entropy, or log(1 + K)."""
+    """[F]: cross-entropy of a guess that knows how often, but not where: for a full softmax the entropy of
+    the field's marginal distribution, for a sampled one log(1 + K)."""
 
     def cat(self, other: "RowLosses") -> "RowLosses":
         """The fields of both."""
@@ -44,28 +46,27 @@ class RowLosses:
         )
 
 
-def split_fields(
-    schema: Schema, statistics: Statistics, config: ReconstructionConfig
-) -> tuple[list[str], list[str]]:
-    """Names of the fields with a full softmax and of those with a sampled one.
+def split_fields(schema: Schema, statistics: Statistics, model: ModelConfig) -> tuple[list[str], list[str]]:
+    """Names of the fields with a softmax over their vocabulary, and of those that know values by vectors.
 
-    A field with fewer than two values has nothing to reconstruct and stands in neither.
+    A field with fewer than two values has nothing to predict and stands in neither.
     """
     fields: dict[Head, list[str]] = {"full": [], "sampled": [], "none": []}
     for field in schema.fields:
-        fields[_head_of(field, statistics.table_rows(field.table_name), config)].append(field.name)
+        fields[_head_of(field, statistics.table_rows(field.table_name), schema, model)].append(field.name)
     return fields["full"], fields["sampled"]
 
 
-def _head_of(field: Field, table_rows: int, config: ReconstructionConfig) -> Head:
+def _head_of(field: Field, table_rows: int, schema: Schema, model: ModelConfig) -> Head:
     num_values = table_rows - NUM_RESERVED_IDS
-    if not field.reconstruct or num_values < 2:
+    if num_values < 2 or not model.objective.predicts(field, schema):
         return "none"
-    return "full" if num_values <= config.full_softmax_max and field.kind != "sequence" else "sampled"
+    is_small = num_values <= model.reconstruction.full_softmax_max and field.kind != "sequence"
+    return "full" if is_small and model.objective.knows_vocabularies else "sampled"
 
 
 def check_growth(
-    schema: Schema, before: Mapping[str, int], after: Mapping[str, int], config: ReconstructionConfig
+    schema: Schema, before: Mapping[str, int], after: Mapping[str, int], model: ModelConfig
 ) -> None:
     """Refuses tables that have grown so far that a field needs another head; says nothing of smaller ones.
 
@@ -73,23 +74,24 @@ def check_growth(
         schema: the fields.
         before: rows of every table as the heads were trained, the two reserved ones included.
         after: rows of every table now.
-        config: decides which head a field gets.
+        model: decides which head a field gets.
 
     Raises:
         ConfigError: a field needs another head. The message says what to set.
     """
+    limit = model.reconstruction.full_softmax_max
     for field in schema.fields:
         rows = before[field.table_name], after[field.table_name]
-        old, new = (_head_of(field, count, config) for count in rows)
+        old, new = (_head_of(field, count, schema, model) for count in rows)
         if old == new or rows[1] <= rows[0]:
             continue
         values = [count - NUM_RESERVED_IDS for count in rows]
         found = f"field {field.name!r}: its table has grown from {values[0]:,} to {values[1]:,} values"
         if old == "full":
             raise ConfigError(
-                f"{found}, past model.reconstruction.full_softmax_max: {config.full_softmax_max}, so that a "
-                f"sampled softmax would replace its full one; set it to {values[1]}, if that stays below the "
-                "fields that have a sampled softmax already, or train from the start"
+                f"{found}, past model.reconstruction.full_softmax_max: {limit}, so that a sampled softmax "
+                f"would replace its full one; set it to {values[1]}, if that stays below the fields that have "
+                "a sampled softmax already, or train from the start"
             )
         raise ConfigError(
             f"{found}, and with fewer than two it had no head that could go on; train from the start"
@@ -171,41 +173,62 @@ def _bag_cross_entropy(logits: Tensor, batch: Batch, name: str) -> Tensor:
     return -zeros.index_add(0, rows, log_p) / count.clamp(min=1.0)
 
 
-class SampledSoftmax(nn.Module):
-    """In-batch softmax of each large field and sequence, all of them at once.
+class CosineHead(nn.Module):
+    """Compares hidden vectors with looked-up rows of the same field, all fields at once.
 
-    Candidates are the clean looked-up rows of the same field in this rank's batch, so there is no
-    second lookup and the cost does not grow with the vocabulary. Logits are cosines with a learnt
-    temperature, corrected by the log frequency with which in-batch sampling draws a candidate
-    (logQ; Yi et al., RecSys 2019); candidates equal to the target are no negatives. Without the
-    temperature the cross-entropy would be bounded below by log(1 + (K - 1) e^-2).
-    A sequence predicts one of its noised items a row, chosen at random: an unbiased sample of the
+    A logit is the cosine of a row with a projection of the hidden vector, over a learnt temperature of the
+    field. Of a sequence one noised item a row is predicted, chosen at random: an unbiased sample of the
     mean over them that keeps the cost that of one token.
     """
 
-    def __init__(self, schema: Schema, names: list[str], dim: int, config: ReconstructionConfig) -> None:
+    def __init__(self, schema: Schema, names: list[str], dim: int, temperature: float) -> None:
         super().__init__()
-        self.num_candidates = config.num_candidates
         self.names = names
         self.spans = [schema.span(name) for name in names]
         self.query = nn.Parameter(torch.eye(dim).repeat(len(names), 1, 1))
-        initial = math.log(config.temperature)
+        initial = math.log(temperature)
         self.log_temperature = nn.Parameter(torch.full((len(names),), initial))
+
+    def picked_tokens(self, batch: Batch, corrupted: Corrupted, noise: RowNoise) -> Tensor:
+        """[B, F]: the token of every field that is predicted, or stands for it where there is no target."""
+        picks = [_pick(span, corrupted.is_target, batch.ids, noise) for span in self.spans]
+        return torch.stack(picks, dim=1)
+
+    def compared(self, hidden: Tensor, clean: Tensor, picks: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys [F, B, D] at tokens [B, F]; the product of two is a logit."""
+        query = functional.normalize((_at(hidden, picks) @ self.query).float(), dim=-1)
+        keys = functional.normalize(_at(clean, picks).float(), dim=-1)
+        return query / self.temperature()[:, None, None], keys
+
+    def temperature(self) -> Tensor:
+        """[F]: temperatures with a floor, which passes gradients on, or none could leave it again."""
+        free = self.log_temperature.exp()
+        return free + (free.clamp(min=_MIN_TEMPERATURE) - free).detach()
+
+
+class SampledSoftmax(CosineHead):
+    """In-batch softmax of each large field and sequence.
+
+    Candidates are the clean looked-up rows of the same field in this rank's batch, so there is no
+    second lookup and the cost does not grow with the vocabulary. Logits are corrected by the log frequency
+    with which in-batch sampling draws a candidate (logQ; Yi et al., RecSys 2019); candidates equal to the
+    target are no negatives. Without the temperature the cross-entropy would be bounded below by
+    log(1 + (K - 1) e^-2).
+    """
+
+    def __init__(self, schema: Schema, names: list[str], dim: int, config: ReconstructionConfig) -> None:
+        super().__init__(schema, names, dim, config.temperature)
+        self.num_candidates = config.num_candidates
 
     def forward(
         self, hidden: Tensor, clean: Tensor, batch: Batch, corrupted: Corrupted, noise: RowNoise
     ) -> RowLosses:
         """hidden [B, T + 1, D], clean looked-up tokens [B, T, D] -> losses of these fields."""
-        picks = torch.stack(
-            [_pick(span, corrupted.is_target, batch.ids, noise) for span in self.spans], dim=1
-        )  # [B, F] token indices
+        picks = self.picked_tokens(batch, corrupted, noise)  # [B, F]
+        query, keys = self.compared(hidden, clean, picks)  # [F, B, D]
         ids = batch.ids.gather(1, picks).T  # [F, B]
         log_q = batch.log_prior.gather(1, picks).T
         is_target = corrupted.is_target.gather(1, picks)
-        query = _at(hidden, picks) @ self.query  # [F, B, D]
-        keys = functional.normalize(_at(clean, picks).float(), dim=-1)
-        temperature = self.temperature()[:, None, None]
-        query = functional.normalize(query.float(), dim=-1) / temperature
         k = min(self.num_candidates, ids.shape[1])
         positive = (query * keys).sum(-1) - log_q  # [F, B]
         negative = query @ keys[:, :k].mT - log_q[:, None, :k]  # [F, B, K]
@@ -223,11 +246,6 @@ class SampledSoftmax(nn.Module):
         query = functional.normalize((hidden @ self.query[column]).float(), dim=-1)
         return query / self.temperature()[column]
 
-    def temperature(self) -> Tensor:
-        """[F]: temperatures with a floor, which passes gradients on, or none could leave it again."""
-        free = self.log_temperature.exp()
-        return free + (free.clamp(min=_MIN_TEMPERATURE) - free).detach()
-
 
 def _pick(span: tuple[int, int], is_target: Tensor, ids: Tensor, noise: RowNoise) -> Tensor:
     """[B]: a random noised token of the span, else a random present one."""
@@ -244,25 +262,47 @@ def _at(tokens: Tensor, picks: Tensor) -> Tensor:
     return tokens.gather(1, index).transpose(0, 1)
 
 
-class Reconstruction(nn.Module):
-    """All heads; `fields` names the columns of what they return."""
+class Heads(nn.Module, ABC):
+    """What an objective predicts of a corrupted row."""
 
-    def __init__(
-        self, schema: Schema, statistics: Statistics, dim: int, config: ReconstructionConfig
-    ) -> None:
+    fields: list[str]
+    """Names the columns of the losses."""
+
+    @abstractmethod
+    def forward(
+        self, hidden: Tensor, clean: Tensor, batch: Batch, corrupted: Corrupted, noise: RowNoise
+    ) -> RowLosses:
+        """Losses [B, F] of every predicted field.
+
+        Args:
+            hidden: [B, T + 1, D], of the denoiser.
+            clean: [B, T, D], looked up.
+            batch: that the rows belong to.
+            corrupted: what the denoiser saw.
+            noise: of the batch.
+        """
+
+
+class Reconstruction(Heads):
+    """The values of noised cells, by a softmax of either kind."""
+
+    def __init__(self, schema: Schema, statistics: Statistics, model: ModelConfig) -> None:
         super().__init__()
-        self.full_fields, self.sampled_fields = split_fields(schema, statistics, config)
+        self.full_fields, self.sampled_fields = split_fields(schema, statistics, model)
         self.fields = [*self.full_fields, *self.sampled_fields]
+        dim = model.dim
         # A head without fields would hold parameters that never get a gradient.
         self.full = FullSoftmax(schema, statistics, self.full_fields, dim) if self.full_fields else None
         self.sampled = (
-            SampledSoftmax(schema, self.sampled_fields, dim, config) if self.sampled_fields else None
+            SampledSoftmax(schema, self.sampled_fields, dim, model.reconstruction)
+            if self.sampled_fields
+            else None
         )
 
     def forward(
         self, hidden: Tensor, clean: Tensor, batch: Batch, corrupted: Corrupted, noise: RowNoise
     ) -> RowLosses:
-        """Losses [B, F] of every reconstructable field."""
+        """Losses [B, F], the full softmaxes first."""
         parts = []
         if self.full is not None:
             parts.append(self.full(hidden, batch, corrupted))

@@ -210,9 +210,7 @@ def load_checkpoint(
         CheckpointError, ConfigError: it does not fit; see `Checkpoints.load`.
     """
     rows = {field.name: statistics.table_rows(field.name) for field in config.features.table_owners}
-    check_growth(
-        config.features, {**rows, **checkpoints.grown_tables(info)}, rows, config.model.reconstruction
-    )
+    check_growth(config.features, {**rows, **checkpoints.grown_tables(info)}, rows, config.model)
     checkpoints.load(info, model.dmp, optimizer)
 
 

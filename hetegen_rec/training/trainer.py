@@ -293,7 +293,7 @@ class Trainer:
             _Stopped: on all ranks after the same batch.
         """
         network = self.model.network
-        if not (network.scores_clicks or self.config.model.noise.label_in_set):
+        if not (network.scores_clicks or self.config.model.label_in_set):
             return {}
         self._detach_pipeline()
         predictions = score_rows(self.model.dmp, self.valid_reader, self.runtime, self._between_batches)

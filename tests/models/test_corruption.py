@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from small_log import FULL, HISTORY, LENGTH, SCHEMA, TOKENS, Log, column, corrupt, model_config
 
 from hetegen_rec.config.schema import NUM_RESERVED_IDS
-from hetegen_rec.models.corruption import LABEL_MASK_ID, Corruption, RowNoise
+from hetegen_rec.models.corruption import LABEL_MASK_ID, Diffusion, RowNoise
 
 T_MIN = 0.05
 SINGLE = [i for i, token in enumerate(SCHEMA.tokens) if token.field != "history"]
@@ -126,7 +126,7 @@ def test_missing_and_unknown_ids_are_noised_but_never_targets():
 
 def test_other_cells_keep_their_rows_and_noised_ones_get_the_mask_vector_of_their_field():
     batch = log().batch()
-    corruption = Corruption(SCHEMA, model_config().noise, 3, swappable=FULL)
+    corruption = Diffusion(SCHEMA, model_config().noise, 3, swappable=FULL)
     corrupted = corruption(tokens(), batch, RowNoise(batch, len(TOKENS)))
     fields = [SCHEMA.field_names.index(token.field) for token in SCHEMA.tokens]
     mask_vectors = corruption.mask_vectors.detach()[fields].expand_as(tokens())

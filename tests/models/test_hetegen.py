@@ -12,7 +12,7 @@ from hetegen_rec.config.run import AttentionGuidance, Stage, StageConfig, TrainC
 from hetegen_rec.config.schema import Schema
 from hetegen_rec.data.cursor import Cursor, Served
 from hetegen_rec.models.balancing import FORMS
-from hetegen_rec.models.corruption import LABEL_MASK_ID, Corrupted, Corruption
+from hetegen_rec.models.corruption import LABEL_MASK_ID, Corrupted, Diffusion
 from hetegen_rec.models.hetegen import build_model
 from hetegen_rec.models.reconstruction import RowLosses
 
@@ -375,7 +375,7 @@ def test_the_network_is_built_alike_from_a_seed():
 
 def test_marginal_noise_swaps_full_softmax_fields_only():
     network = make_model(log(), "pretrain", model_config(noise={"kind": "marginal"})).network
-    assert isinstance(network.corruption, Corruption)
+    assert isinstance(network.corruption, Diffusion)
     swapped = [
         token.field for token, may in zip(SCHEMA.tokens, network.corruption.may_swap, strict=True) if may
     ]

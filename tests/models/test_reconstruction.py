@@ -11,7 +11,7 @@ from small_log import DIM, FULL, HISTORY, LENGTH, NUM_VALUES, SAMPLED, SCHEMA, T
 from torch.nn import functional
 
 from hetegen_rec.config.errors import ConfigError
-from hetegen_rec.config.run import ReconstructionConfig
+from hetegen_rec.config.run import ModelConfig, ReconstructionConfig
 from hetegen_rec.config.schema import NUM_RESERVED_IDS, Schema
 from hetegen_rec.models.corruption import RowNoise
 from hetegen_rec.models.reconstruction import (
@@ -56,8 +56,12 @@ class Case:
         return head, head(self.hidden, self.clean, self.batch, self.corrupted, self.noise)
 
 
+def model_with(**config):
+    return ModelConfig.model_validate({"dim": DIM, "reconstruction": config})
+
+
 def split(schema=SCHEMA, **config):
-    return split_fields(schema, log().statistics, ReconstructionConfig(**config))
+    return split_fields(schema, log().statistics, model_with(**config))
 
 
 def test_small_vocabularies_get_a_full_softmax_and_sequences_never_do():
@@ -78,7 +82,7 @@ def test_fields_that_are_not_to_be_reconstructed_have_no_head():
 def test_a_field_of_one_value_has_nothing_to_reconstruct():
     statistics = Log(NUM_ROWS).statistics
     object.__setattr__(statistics.fields["hour"], "num_ids", NUM_RESERVED_IDS + 1)
-    full, sampled = split_fields(SCHEMA, statistics, ReconstructionConfig())
+    full, sampled = split_fields(SCHEMA, statistics, model_with())
     assert "hour" not in full + sampled
 
 
@@ -226,9 +230,9 @@ def test_the_temperature_has_a_floor_that_it_can_leave_again():
 
 def test_all_heads_together_name_their_columns():
     case = Case()
-    config = ReconstructionConfig(full_softmax_max=8, num_candidates=NUM_ROWS)
+    config = model_with(full_softmax_max=8, num_candidates=NUM_ROWS)
     torch.manual_seed(0)
-    heads = Reconstruction(SCHEMA, log().statistics, DIM, config)
+    heads = Reconstruction(SCHEMA, log().statistics, config)
     losses = heads(case.hidden, case.clean, case.batch, case.corrupted, case.noise)
     assert heads.fields == FULL + SAMPLED
     assert losses.loss.shape == losses.is_target.shape == (NUM_ROWS, len(heads.fields))
@@ -240,8 +244,8 @@ def test_all_heads_together_name_their_columns():
 def test_a_schema_may_need_one_kind_of_head_only(full_softmax_max):
     fields = [field for field in SCHEMA.model_dump(mode="json")["fields"] if field["name"] != "history"]
     schema = Schema.model_validate({"label": "click", "fields": fields})
-    config = ReconstructionConfig(full_softmax_max=full_softmax_max)
-    heads = Reconstruction(schema, log().statistics, DIM, config)
+    config = model_with(full_softmax_max=full_softmax_max)
+    heads = Reconstruction(schema, log().statistics, config)
     assert len(heads.fields) == len(fields)
     assert (heads.full is None) == (full_softmax_max == 0)
     assert (heads.sampled is None) == (full_softmax_max == 1000)
@@ -264,7 +268,7 @@ def rows_of_tables(**grown):
 
 
 def test_tables_may_grow_while_every_field_keeps_its_head():
-    config = ReconstructionConfig(full_softmax_max=12)
+    config = model_with(full_softmax_max=12)
     check_growth(SCHEMA, rows_of_tables(), rows_of_tables(genres=12, item=10_000), config)
 
 
@@ -278,18 +282,18 @@ def test_tables_may_grow_while_every_field_keeps_its_head():
     ids=["full to sampled", "none to full", "none to sampled"],
 )
 def test_a_field_that_outgrows_its_head_is_refused_by_name(before, after, message):
-    config = ReconstructionConfig(full_softmax_max=12)
+    config = model_with(full_softmax_max=12)
     with pytest.raises(ConfigError, match=message):
         check_growth(SCHEMA, rows_of_tables(**before), rows_of_tables(**after), config)
 
 
 def test_parameters_that_grow_with_a_table_are_those_whose_shape_differs():
-    config = ReconstructionConfig(full_softmax_max=12)
-    small = Reconstruction(SCHEMA, log().statistics, DIM, config)
+    config = model_with(full_softmax_max=12)
+    small = Reconstruction(SCHEMA, log().statistics, config)
     grown = deepcopy(log().statistics)
     grown.fields["genres"] = replace(grown.fields["genres"], num_ids=NUM_RESERVED_IDS + 12)
     grown.fields["item"] = replace(grown.fields["item"], num_ids=NUM_RESERVED_IDS + 5000)
-    large = Reconstruction(SCHEMA, grown, DIM, config).state_dict()
+    large = Reconstruction(SCHEMA, grown, config).state_dict()
     assert {name for name, value in small.state_dict().items() if value.shape != large[name].shape} == {
         name for name, table in vocabulary_parameters(small).items() if table == "genres"
     }
