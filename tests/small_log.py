@@ -133,9 +133,10 @@ def make_model(
     table_l2: float = 0.0,
     precision: str = "fp32",
     std: float = 0.1,
+    probe_every: int | None = None,
 ) -> HeteGen:
     """The model of a stage on unsharded tables, in training mode."""
-    train = TrainConfig.model_validate({"precision": precision})
+    train = TrainConfig.model_validate({"precision": precision, "probe_gradients_every": probe_every})
     config = config or model_config()
     model = build_model(schema, log.statistics, config, train, stage, StageConfig(table_l2=table_l2), 0)
     model.ebc.to_empty(device="cpu")

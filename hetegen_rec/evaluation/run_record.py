@@ -16,7 +16,7 @@ from hetegen_rec.evaluation.results import STAGES, StageEvaluation, read_evaluat
 
 logger = logging.getLogger(__name__)
 
-FIELD_MEASURES = ("loss", "relative", "difficulty", "weight")
+FIELD_MEASURES = ("loss", "relative", "difficulty", "weight", "gradient_share", "label_cosine")
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ _FIELD_CURVES = {
     "relative": "field_relative_loss_r",
     "difficulty": "field_difficulty_s",
     "weight": "field_weight_w",
+    "gradient_share": "field_gradient_share",
+    "label_cosine": "field_label_cosine",
 }
 """TensorBoard's groups of the values that a line of the log gives for every field."""
 _POSITIONS = ("epoch", "rows")

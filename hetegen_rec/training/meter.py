@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hetegen_rec.models.difficulty import Difficulty
+from hetegen_rec.models.difficulty import Difficulty, Probe
 from hetegen_rec.models.network import Outputs
 from hetegen_rec.models.reduction import mean_over_ranks
 
@@ -24,6 +24,7 @@ class Meter:
         self._start = time.monotonic()
         self._terms: dict[str, Tensor] = {}
         self._fields: tuple[Tensor, Tensor] | None = None
+        self._probes: dict[str, list[Tensor]] = {}
 
     @property
     def is_empty(self) -> bool:
@@ -43,10 +44,20 @@ class Meter:
                 cross_entropy = cross_entropy + self._fields[0]
                 relative = relative + self._fields[1]
             self._fields = (cross_entropy, relative)
+            self._add_probe(outputs.fields.probe)
+
+    def _add_probe(self, probe: Probe | None) -> None:
+        if probe is None:
+            return
+        self._probes.setdefault("gradient_share", []).append(probe.shares)
+        if probe.alignment is not None:
+            self._probes.setdefault("label_cosine", []).append(probe.alignment)
 
     def read(self, difficulty: Difficulty, names: list[str]) -> dict[str, Any]:
         """Means over the window and all ranks: rate, terms, and every field's l, r, s, w. A collective.
 
+        Where a step of the window probed the gradients, every field also has its share of their norms and,
+        with the label in the set, the cosine with the gradient of the label loss.
         `loss` is the sum of the terms without the calibration of s, which is no measure of fit.
         """
         # A rank's terms are those of its own rows, scaled so that the global ones are their mean.
@@ -57,11 +68,15 @@ class Meter:
         values: dict[str, Any] = {"samples_per_second": round(rate, 1), "loss": loss, "terms": terms}
         if self._fields is not None:
             cross_entropy, relative = (total / self._steps for total in self._fields)
-            columns = [cross_entropy, relative, difficulty.scalars.mean(1)]
-            columns.append(difficulty.weights().mean(1))
-            rows = torch.stack(columns, dim=1).tolist()
-            keys = ("loss", "relative", "difficulty", "weight")
+            columns = {
+                "loss": cross_entropy,
+                "relative": relative,
+                "difficulty": difficulty.scalars.mean(1),
+                "weight": difficulty.weights().mean(1),
+                **{key: torch.stack(probes).mean(0) for key, probes in self._probes.items()},
+            }
+            rows = torch.stack(list(columns.values()), dim=1).tolist()
             values["fields"] = {
-                name: dict(zip(keys, row, strict=True)) for name, row in zip(names, rows, strict=True)
+                name: dict(zip(columns, row, strict=True)) for name, row in zip(names, rows, strict=True)
             }
         return values
