@@ -53,7 +53,7 @@ class NoiseContrast(CosineHead, Heads):
         picks = self.picked_tokens(batch, corrupted, noise)  # [B, F]
         query, keys = self.compared(hidden, clean, picks)  # [F, B, D]
         is_known = (batch.ids.gather(1, picks) >= NUM_RESERVED_IDS).T  # [F, B]
-        drawn = _drawn_rows(noise.is_padding, self.num_negatives)  # [N, K]
+        drawn = drawn_rows(noise.is_padding, self.num_negatives)  # [N, K]
         usable = _of_draws(is_known, drawn) & ~_is_own(drawn, len(picks))  # [F, B, K]
         count = usable.sum(-1)  # [F, B]
         shift = self.bias[:, None] - count.clamp(min=1).float().log()
@@ -66,7 +66,7 @@ class NoiseContrast(CosineHead, Heads):
         return RowLosses(torch.where(is_target, loss, 0.0), is_target, chance, chance)
 
 
-def _drawn_rows(is_padding: Tensor, number: int) -> Tensor:
+def drawn_rows(is_padding: Tensor, number: int) -> Tensor:
     """[N, K]: for each block of K rows of a batch, the K real rows behind it, going round.
 
     Rows come shuffled, so these are draws. Every row serves K others, at the cost of K products a row.
@@ -107,8 +107,9 @@ def _loss_at_first(count: Tensor, is_real: Tensor) -> Tensor:
 
     Args:
         count: [F, B], draws K of every row.
-        is_real: [B] bool.
+        is_real: [B] bool; a rank of nothing but padding takes the mean over that.
     """
     number = count.clamp(min=1).float()
     loss = torch.log1p(number) + number * torch.log1p(1.0 / number)
-    return (loss * is_real).sum(1) / is_real.sum().clamp(min=1)
+    counted = (is_real | ~is_real.any()).float()
+    return (loss * counted).sum(1) / counted.sum()
