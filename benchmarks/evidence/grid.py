@@ -1,6 +1,7 @@
 """The grid of one YAML file: data sets, methods, seeds, and the search that every method gets."""
 
 import json
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
@@ -34,6 +35,19 @@ class Budget(Section):
         return self
 
 
+class Peer(Section):
+    """Figures of test that were measured elsewhere, copied to be shown; no test of significance sees them."""
+
+    source: str
+    """Where they stand, and what they are means of."""
+    auc: float | None = None
+    gauc: float | None = None
+    log_loss: float | None = None
+    cold_users: float | None = None
+    """AUC on the slice of that name, as `tail_items`."""
+    tail_items: float | None = None
+
+
 class DataSet(Section):
     """A column of the tables."""
 
@@ -46,41 +60,74 @@ class DataSet(Section):
     """For all methods."""
     search: Annotated[dict[str, Overrides], Field(min_length=1)]
     """The settings that every method may choose among on valid, by name."""
+    groups: list[str] | None = None
+    """The groups of methods that run on it; null for all."""
+    peers: dict[str, Peer] = {}
+    """Figures of others on the same rows, by name."""
 
 
 class Method(Section):
     """A row of the tables."""
 
     title: str
-    stages: list[Stage]
+    group: str | None = None
+    """One of the grid's groups; null if it has none."""
+    stages: list[Stage] = []
     """`[scratch]`, `[joint]` or `[pretrain, finetune]`."""
     overrides: Overrides = {}
     """What makes it this method."""
+    of: str | None = None
+    """Another method, whose trained models it only scores with in another way: with the same seeds and the
+    same settings of the search."""
     evaluate: Overrides = {}
-    """What differs only when it scores. Methods that differ in nothing else share one training."""
+    """The other way; with `of` only."""
     only: list[str] | None = None
     """The data sets that it can run on; null for all."""
+    seeds: PositiveInt | None = None
+    """How many; null for as many as the grid has."""
 
     @model_validator(mode="after")
     def _check(self) -> "Method":
-        if self.stages not in _WAYS:
+        if self.of is not None:
+            self._check_strategy()
+        elif self.stages not in _WAYS:
             ways = " or ".join(f"[{', '.join(way)}]" for way in _WAYS)
             raise ValueError(f"`stages: [{', '.join(self.stages)}]` must be {ways}")
+        elif self.evaluate:
+            raise ValueError(
+                "`evaluate` needs `of`: the method whose trained models it scores with. What a method trains "
+                "and scores with belongs into `overrides`"
+            )
         return self
+
+    def _check_strategy(self) -> None:
+        if self.stages or self.overrides:
+            raise ValueError(f"`of: {self.of}` brings `stages` and `overrides`; leave them out")
+        if not self.evaluate:
+            raise ValueError(f"`of: {self.of}` without `evaluate` would be the same method again")
 
     @property
     def click_stage(self) -> Stage:
-        """The stage that scores."""
+        """The stage that scores, of a method that trains."""
         return self.stages[-1]
 
     def epochs(self, budget: Budget) -> Overrides:
-        """The method's share of the budget, stage by stage."""
+        """The share of the budget of a method that trains, stage by stage."""
         if len(self.stages) == 1:
             return {f"stages.{self.click_stage}.epochs": budget.total}
         return {
             "stages.pretrain.epochs": budget.pretrain,
             f"stages.{self.click_stage}.epochs": budget.total - budget.pretrain,
         }
+
+
+class Contest(Section):
+    """Two sides; on each data set the best of each by AUC on valid meet on test."""
+
+    ours: Annotated[list[str], Field(min_length=1)]
+    """Groups of methods."""
+    baselines: Annotated[list[str], Field(min_length=1)]
+    """Groups of methods."""
 
 
 class Grid(Section):
@@ -90,6 +137,12 @@ class Grid(Section):
     """Seeds 0 to this, exclusive. The search looks at seed 0."""
     baseline: str
     """The method that the others are held against."""
+    groups: dict[str, str] = {}
+    """Titles of groups of methods, by name, in the order of the page; empty for one block of all methods."""
+    contest: Contest | None = None
+    """Which groups meet as a whole; null for no such section."""
+    choices: dict[str, list[str]] = {}
+    """Methods that differ in one thing, by what it is; each list is ranked by itself on valid."""
     overrides: Overrides = {}
     """For every run."""
     data_sets: Annotated[dict[str, DataSet], Field(min_length=1)]
@@ -97,17 +150,61 @@ class Grid(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "Grid":
-        if self.baseline not in self.methods:
-            raise ValueError(f"`baseline: {self.baseline}` is none of: {', '.join(self.methods)}")
+        _known([self.baseline], self.methods, "baseline")
         for name, method in self.methods.items():
-            for data_set in method.only or ():
-                if data_set not in self.data_sets:
-                    raise ValueError(f"`methods.{name}.only` names {data_set!r}, which is no data set here")
+            self._check_method(name, method)
+        for name, data_set in self.data_sets.items():
+            _known(data_set.groups or (), self.groups, f"data_sets.{name}.groups")
+        for choice, methods in self.choices.items():
+            _known(methods, self.methods, f"choices.{choice}")
+        if self.contest is not None:
+            _known(self.contest.ours, self.groups, "contest.ours")
+            _known(self.contest.baselines, self.groups, "contest.baselines")
         return self
+
+    def _check_method(self, name: str, method: Method) -> None:
+        _known(method.only or (), self.data_sets, f"methods.{name}.only")
+        if method.group is not None or self.groups:
+            _known([str(method.group)], self.groups, f"methods.{name}.group")
+        limit = self.seeds
+        if method.of is not None:
+            training = [other for other, one in self.methods.items() if one.of is None]
+            _known([method.of], training, f"methods.{name}.of")
+            limit = self.seeds_of(method.of)
+        if method.seeds is not None and method.seeds > limit:
+            raise ValueError(f"`methods.{name}.seeds: {method.seeds}` is above the {limit} that there are")
+
+    def runs_on(self, method: str, data_set: str) -> bool:
+        """Whether a method runs on a data set."""
+        one, where = self.methods[method], self.data_sets[data_set]
+        return (
+            (one.only is None or data_set in one.only)
+            and (where.groups is None or one.group in where.groups)
+            and (one.of is None or self.runs_on(one.of, data_set))
+        )
 
     def methods_of(self, data_set: str) -> list[str]:
         """The methods that run on a data set."""
-        return [n for n, method in self.methods.items() if method.only is None or data_set in method.only]
+        return [method for method in self.methods if self.runs_on(method, data_set)]
+
+    def members(self, groups: Collection[str]) -> list[str]:
+        """The methods of some groups."""
+        return [name for name, method in self.methods.items() if method.group in groups]
+
+    def seeds_of(self, method: str) -> int:
+        """How many seeds a method has."""
+        one = self.methods[method]
+        return one.seeds or (self.seeds if one.of is None else self.seeds_of(one.of))
+
+    def trained(self, method: str) -> str:
+        """The method that trains what a method scores with: mostly itself."""
+        return self.methods[method].of or method
+
+
+def _known(names: Iterable[str], known: Collection[str], key: str) -> None:
+    for name in names:
+        if name not in known:
+            raise ValueError(f"`{key}: {name}` is none of: {', '.join(known) or 'nothing'}")
 
 
 def load_grid(path: str | Path) -> Grid:

@@ -96,12 +96,12 @@ class Plan:
 
     def num_left(self, done: Mapping[str, Record]) -> int:
         """How many are not done; of a pair whose search has not begun, as many as there will be."""
-        left = {run.id for pair in self.pairs for run in self.search_runs(*pair)}
+        left: set[str] = set()
         undecided = 0
         for pair in self.pairs:
-            chosen = self.chosen_runs(*pair, done)
-            left.update(run.id for run in chosen)
-            undecided += 0 if chosen else self.grid.seeds - 1
+            searched, chosen = self.search_runs(*pair), self.chosen_runs(*pair, done)
+            left.update(run.id for run in (*searched, *chosen))
+            undecided += 0 if chosen else self.grid.seeds_of(pair[1]) - bool(searched)
         return len(left - set(done)) + undecided
 
     def first_run(self, data_set: str) -> Run:
@@ -109,17 +109,21 @@ class Plan:
         return next(run for run in self.runs if run.data_set == data_set)
 
     def search_runs(self, data_set: str, method: str) -> list[Run]:
-        """One run an option, on the seed of the search."""
+        """One run an option, on the seed of the search; none of a method that trains nothing."""
+        if self.grid.methods[method].of is not None:
+            return []
         options = self.grid.data_sets[data_set].search
         return [self._runs[data_set, method, option, SEARCH_SEED] for option in options]
 
     def chosen_runs(self, data_set: str, method: str, done: Mapping[str, Record]) -> list[Run]:
         """The runs of all seeds with the option that is best on valid; empty if no option is done."""
-        tried = [run for run in self.search_runs(data_set, method) if run.id in done]
+        searched = self.search_runs(data_set, self.grid.trained(method))
+        tried = [run for run in searched if run.id in done]
         if not tried:
             return []
         best = max(tried, key=lambda run: done[run.id].selection)
-        return [self._runs[data_set, method, best.option, seed] for seed in range(self.grid.seeds)]
+        seeds = range(self.grid.seeds_of(method))
+        return [self._runs[data_set, method, best.option, seed] for seed in seeds]
 
     def next_run(
         self, done: Mapping[str, Record], failed: Collection[str], running: Collection[Run]
@@ -143,14 +147,19 @@ class Plan:
     def _wanted(self, done: Mapping[str, Record], failed: Collection[str]) -> Iterator[Run]:
         for pair in self.pairs:
             yield from self.search_runs(*pair)
-        decided = {
-            pair: self.chosen_runs(*pair, done)
-            for pair in self.pairs
-            if all(run.id in done or run.id in failed for run in self.search_runs(*pair))
-        }
-        for seed in range(1, self.grid.seeds):
-            for runs in decided.values():
+        pairs = [pair for pair in self.pairs if self._is_decided(pair, done, failed)]
+        decided = [self.chosen_runs(*pair, done) for pair in pairs]
+        # Whoever only scores comes behind those that train, whose own scores would have to be made anew.
+        decided.sort(key=lambda runs: any(run.evaluate for run in runs))
+        for seed in range(self.grid.seeds):
+            for runs in decided:
                 yield from runs[seed : seed + 1]
+
+    def _is_decided(self, pair: tuple[str, str], done: Mapping[str, Record], failed: Collection[str]) -> bool:
+        """Whether the search of a pair is over."""
+        data_set, method = pair
+        searched = self.search_runs(data_set, self.grid.trained(method))
+        return all(run.id in done or run.id in failed for run in searched)
 
     def _missing(self, data_set: DataSet) -> Path | None:
         if data_set.files is None:
@@ -162,11 +171,11 @@ class Plan:
         for data_set, method in self.pairs:
             for option in self.grid.data_sets[data_set].search:
                 first = self._first_run(data_set, method, option)
-                yield from (self._with_seed(first, seed) for seed in range(self.grid.seeds))
+                yield from (self._with_seed(first, seed) for seed in range(self.grid.seeds_of(method)))
 
     def _first_run(self, data_set: str, name: str, option: str) -> Run:
         """A run without seed and place, and so without an id."""
-        where, method = self.grid.data_sets[data_set], self.grid.methods[name]
+        where, method = self.grid.data_sets[data_set], self.grid.methods[self.grid.trained(name)]
         trains = as_arguments(
             {
                 **self.grid.overrides,
@@ -178,7 +187,7 @@ class Plan:
             },
             method.click_stage,
         )
-        scores = as_arguments(method.evaluate, method.click_stage)
+        scores = as_arguments(self.grid.methods[name].evaluate, method.click_stage)
         try:
             config = load_config(where.config, trains)
             scoring_config = load_config(where.config, trains + scores) if scores else config

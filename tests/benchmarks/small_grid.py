@@ -17,6 +17,7 @@ METHODS = {
         "overrides": {"model.balance.form": "uniform"},
     },
 }
+OTHER = {"title": "Other slices", "of": "scratch", "evaluate": {"evaluation.cold_user_rows": 9}}
 SEARCH = {"light": {"click.table_l2": "1e-6"}, "strong": {"click.table_l2": 0.01}}
 
 
@@ -35,7 +36,7 @@ def grid_values(directory, **changes):
 
 def load(directory, **changes):
     path = directory / "grid.yaml"
-    path.write_text(yaml.safe_dump(grid_values(directory, **changes)), encoding="utf-8")
+    path.write_text(yaml.safe_dump(grid_values(directory, **changes), sort_keys=False), encoding="utf-8")
     return load_grid(path)
 
 
@@ -64,5 +65,4 @@ def record(run: Run, valid: float = 0.7, test: float = 0.7, status: str = "done"
 
 def plan_with_strategy(directory: Path) -> Plan:
     """With a method that differs from `scratch` only in how it scores."""
-    more = {**METHODS["scratch"], "title": "Other slices", "evaluate": {"evaluation.cold_user_rows": 9}}
-    return plan_of(directory, methods={**METHODS, "other": more})
+    return plan_of(directory, methods={"other": OTHER, **METHODS})

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from small_grid import METHODS, grid_values, load, plan_of, plan_with_strategy, record
+from small_grid import METHODS, OTHER, grid_values, load, plan_of, plan_with_strategy, record
 
 from benchmarks.evidence.grid import as_arguments, load_grid
 from benchmarks.evidence.plan import Plan
@@ -17,8 +17,34 @@ BAD_GRIDS = {
     ),
     "only on nothing": (
         {"methods": {**METHODS, "din": {"title": "", "stages": ["scratch"], "only": ["taobao"]}}},
-        r"`methods.din.only` names 'taobao'",
+        r"`methods.din.only: taobao` is none of: ads, shop",
     ),
+    "another's model without another way": (
+        {"methods": {**METHODS, "odd": {"title": "", "of": "scratch"}}},
+        r"`of: scratch` without `evaluate`",
+    ),
+    "another's model and training of its own": (
+        {"methods": {**METHODS, "odd": {**OTHER, "stages": ["scratch"]}}},
+        r"`of: scratch` brings `stages` and `overrides`",
+    ),
+    "another way without a model": (
+        {"methods": {**METHODS, "odd": {**METHODS["scratch"], "evaluate": {"seed": 1}}}},
+        r"`evaluate` needs `of`",
+    ),
+    "a model of what trains nothing": (
+        {"methods": {**METHODS, "other": OTHER, "odd": {**OTHER, "of": "other"}}},
+        r"`methods.odd.of: other` is none of: scratch, uniform",
+    ),
+    "more seeds than there are": (
+        {"methods": {**METHODS, "odd": {**METHODS["scratch"], "seeds": 4}}},
+        r"`methods.odd.seeds: 4` is above the 3",
+    ),
+    "a method without a group": ({"groups": {"family": "Ours"}}, r"`methods.scratch.group: None` is none of"),
+    "a side without methods": (
+        {"contest": {"ours": ["family"], "baselines": ["rest"]}},
+        r"`contest.ours: family` is none of",
+    ),
+    "a choice among nothing": ({"choices": {"form": ["fm"]}}, r"`choices.form: fm` is none of: scratch"),
     "an unknown key": ({"sedes": 3}, "sedes"),
 }
 
@@ -56,7 +82,7 @@ def test_shipped_grids_resolve(tmp_path, name):
     grid = load_grid(f"benchmarks/{name}.yaml")
     for one in grid.data_sets.values():
         (tmp_path / (one.files or "")).mkdir(exist_ok=True)
-    assert len(Plan(grid, tmp_path, tmp_path).pairs) == len(grid.data_sets) * len(grid.methods)
+    assert Plan(grid, tmp_path, tmp_path).pairs
 
 
 def test_every_method_gets_the_same_epochs(plan):
@@ -141,14 +167,44 @@ def test_a_failed_option_does_not_hold_up_the_others(plan):
     assert str(chosen) == "ads / scratch / strong / seed 1"
 
 
-def test_what_differs_only_in_scoring_shares_one_training_but_not_at_once(tmp_path):
+def test_what_only_scores_shares_the_training_but_not_at_once(tmp_path):
     plan = plan_with_strategy(tmp_path)
-    plain, other = plan.search_runs("ads", "scratch")[0], plan.search_runs("ads", "other")[0]
+    searched = {run.id: record(run) for pair in plan.pairs for run in plan.search_runs(*pair)}
+    plain, other = (plan.chosen_runs("ads", method, searched)[1] for method in ("scratch", "other"))
     assert plain.training_id == other.training_id
     assert plain.config.run_dir == other.config.run_dir
     assert plain.id != other.id
-    rest = [run for run in plan.runs if run.training_id != other.training_id]
-    done = {run.id: record(run) for run in rest if run.seed == 0}
-    failed = {run.id for run in rest if run.seed}
-    assert plan.next_run(done, failed, [plain]) is None
-    assert plan.next_run({**done, plain.id: record(plain)}, failed, []) == other
+    done = {run.id: record(run) for run in plan.runs if run.id != other.id}
+    assert plan.next_run(done, (), [plain]) is None
+    assert plan.next_run(done, (), ()) == other
+
+
+def test_what_only_scores_has_no_search_and_comes_behind_what_trains(tmp_path):
+    plan = plan_with_strategy(tmp_path)
+    order = in_order(plan, lambda run: {"light": 0.6, "strong": 0.7}[run.option])
+    assert plan.num_runs == len(order) == 2 * (2 * (2 + 2) + 3)
+    assert {option for _, method, option, _ in order if method == "other"} == {"strong"}
+    assert [where for where in order if where[0] == "ads" and where[3] == 1] == [
+        ("ads", method, "strong", 1) for method in ("scratch", "uniform", "other")
+    ]
+
+
+def test_methods_may_have_fewer_seeds(tmp_path):
+    methods = {**METHODS, "uniform": {**METHODS["uniform"], "seeds": 2}}
+    plan = plan_of(tmp_path, methods=methods)
+    order = in_order(plan, lambda run: 0.7)
+    assert [run[3] for run in order if run[:2] == ("ads", "uniform")] == [0, 0, 1]
+    assert plan.num_runs == len(order) == 2 * (4 + 3)
+
+
+def test_data_sets_and_methods_choose_each_other(tmp_path):
+    methods = {
+        "scratch": {**METHODS["scratch"], "group": "rest"},
+        "uniform": {**METHODS["uniform"], "group": "family", "only": ["shop"]},
+        "other": {**OTHER, "group": "family", "of": "uniform"},
+    }
+    data_sets = grid_values(tmp_path)["data_sets"]
+    data_sets["shop"]["groups"] = ["family"]
+    groups = {"family": "Ours", "rest": "Others"}
+    plan = plan_of(tmp_path, methods=methods, data_sets=data_sets, groups=groups)
+    assert plan.pairs == [("ads", "scratch"), ("shop", "uniform"), ("shop", "other")]
