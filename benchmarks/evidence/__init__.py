@@ -3,6 +3,6 @@
     python -m benchmarks.evidence benchmarks/evidence.yaml        (make evidence)
 
 docs/evidence.md says how it is measured. `grid` is what is asked for, `plan` the runs that follow and their
-order, `running` one run, `session` many of them side by side, `records` what they leave behind, `summary`
-and `comparing` what it amounts to, `page` how it is told.
+order, `running` one run, `workers` the processes, `session` many runs side by side, `records`
+what they leave behind, `summary` and `comparing` what it amounts to, `page` how it is told.
 """

@@ -17,10 +17,11 @@ from benchmarks.evidence.grid import load_grid
 from benchmarks.evidence.page import MARKDOWN, write_page
 from benchmarks.evidence.plan import Plan
 from benchmarks.evidence.records import Ledger, Record
-from benchmarks.evidence.running import Programs, RunError, execute, prepare
+from benchmarks.evidence.running import execute, prepare
 from benchmarks.evidence.sections import sections_of
 from benchmarks.evidence.session import carry_out, commit, stopping_on_signals
 from benchmarks.evidence.summary import Summary
+from benchmarks.evidence.workers import RunError, Workers
 from benchmarks.machine import machine
 from hetegen_rec import terminal
 from hetegen_rec.config.errors import ConfigError
@@ -45,16 +46,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run_all(plan: Plan, options: argparse.Namespace) -> None:
     """Prepares the data, then does every run that is left, until done or stopped."""
-    ledger, programs, cores = Ledger(options.out), Programs(), _cores(options.jobs)
+    ledger, workers, cores = Ledger(options.out), Workers(), _cores(options.jobs)
     left = plan.num_left(ledger.done)
     for name, place in plan.missing.items():
         _say(f"{name} is left out: {place} is not there")
     _say(f"{left} of {plan.num_runs} runs left, {len(cores)} at a time")
-    with stopping_on_signals(programs):
+    with stopping_on_signals(workers):
         for data_set in dict.fromkeys(name for name, _ in plan.pairs if left):
             log = options.out / "logs" / f"prepare-{data_set}.log"
-            prepare(plan.first_run(data_set), programs, log, cores[0])
-        do = partial(execute, out=options.out, programs=programs, commit=commit())
+            prepare(plan.first_run(data_set), workers, log, cores[0])
+        do = partial(execute, out=options.out, workers=workers, commit=commit())
         carry_out(plan, ledger, do, cores, _tell)
 
 

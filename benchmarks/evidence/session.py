@@ -10,7 +10,7 @@ from types import FrameType
 
 from benchmarks.evidence.plan import Plan, Run
 from benchmarks.evidence.records import Ledger, Record
-from benchmarks.evidence.running import Programs, StoppedError
+from benchmarks.evidence.workers import StoppedError, Workers
 
 Execute = Callable[[Run, int], Record]
 """Carries out a run on a core."""
@@ -51,11 +51,11 @@ def carry_out(plan: Plan, ledger: Ledger, execute: Execute, cores: Sequence[int]
 
 
 @contextmanager
-def stopping_on_signals(programs: Programs) -> Iterator[None]:
-    """Context in which Ctrl-C and SIGTERM stop the programs, which save, and end the context early."""
+def stopping_on_signals(workers: Workers) -> Iterator[None]:
+    """Context in which Ctrl-C and SIGTERM stop the workers, which save, and end the context early."""
 
     def stop(_number: int, _frame: FrameType | None) -> None:
-        programs.stop()
+        workers.stop()
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -1,11 +1,7 @@
-"""Leaves behind what `hetegen` does, in no time: `python THIS DIRECTORY VERB --config FILE key=value ...`.
-
-Every call adds its verb to DIRECTORY/calls; where DIRECTORY/broken is, training fails. The AUC tells seed and
-`evaluation.cold_user_rows`. It imports nothing that takes long.
-"""
+"""Leaves behind what `hetegen` does, in no time, and notes how it was called."""
 
 import json
-import sys
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,20 +14,52 @@ LABELS = [row % 2 for row in ROWS]
 USERS = [row + 1 for row in ROWS]
 
 
-def main(directory, verb, _, config_path, *words):
-    with (Path(directory) / "calls").open("a") as file:
-        file.write(f"{verb}\n")
-    config = read_config(config_path, [word for word in words if "=" in word])
-    if verb == "prepare":
-        prepare(Path(config["data"]["prepared_dir"]))
-        return
-    if (Path(directory) / "broken").exists():
-        sys.exit("error: out of luck")
-    place = Path(config["run_dir"]) / (words[words.index("--stage") + 1] if verb == "evaluate" else verb)
-    if verb != "evaluate":
-        train(config, place)
-    if verb == "evaluate" or (verb != "pretrain" and not (place / "evaluation.json").exists()):
-        evaluate(config, place)
+class StandIn:
+    """In the place of `hetegen_rec.cli.main`, in whichever process: everything it knows stands in files.
+
+    The AUC tells seed and `evaluation.cold_user_rows`.
+    """
+
+    def __init__(self, directory):
+        self._calls, self._broken = directory / "calls", directory / "broken"
+
+    def calls(self):
+        """The verbs since the last time."""
+        return [verb for verb, _ in self._take()]
+
+    def processes(self):
+        """Of each call since the last time."""
+        return [process for _, process in self._take()]
+
+    def breaks(self):
+        """From now on, training fails."""
+        self._broken.touch()
+
+    def works(self):
+        self._broken.unlink()
+
+    def _take(self):
+        lines = self._calls.read_text().splitlines() if self._calls.exists() else []
+        self._calls.unlink(missing_ok=True)
+        return [line.split() for line in lines]
+
+    def __call__(self, words):
+        verb, _, config_path, *rest = words
+        with self._calls.open("a") as file:
+            file.write(f"{verb} {os.getpid()}\n")
+        config = read_config(config_path, [word for word in rest if "=" in word])
+        if verb == "prepare":
+            prepare(Path(config["data"]["prepared_dir"]))
+            return 0
+        if self._broken.exists():
+            print("error: out of luck")
+            return 2
+        place = Path(config["run_dir"]) / (rest[rest.index("--stage") + 1] if verb == "evaluate" else verb)
+        if verb != "evaluate":
+            train(config, place)
+        if verb == "evaluate" or (verb != "pretrain" and not (place / "evaluation.json").exists()):
+            evaluate(config, place)
+        return 0
 
 
 def read_config(path, overrides):
@@ -72,7 +100,3 @@ def evaluate(config, place):
 def write(columns, place):
     place.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table(columns), place / "part-0.parquet")
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -1,23 +1,27 @@
-"""Records, sessions of runs side by side, one run in its programs, and the command."""
+"""Records, sessions of runs side by side, one run in its process, and the command."""
 
 import json
-import sys
+import os
 import threading
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hetegen_stand_in import StandIn
 from small_grid import METHODS, grid_values, load, plan_of, plan_with_strategy, record
 
 from benchmarks.evidence import __main__ as evidence
 from benchmarks.evidence import running
 from benchmarks.evidence.plan import Plan, Run
 from benchmarks.evidence.records import FILE_NAME, Ledger, Record
-from benchmarks.evidence.running import Programs, RunError, StoppedError
+from benchmarks.evidence.running import execute, prepare
 from benchmarks.evidence.session import carry_out
 from benchmarks.evidence.slices import slice_metrics
+from benchmarks.evidence.workers import StoppedError, Workers
 from hetegen_rec.evaluation.significance import PredictionTable
 
 
@@ -92,80 +96,24 @@ def test_a_stopped_run_leaves_no_record(tmp_path, plan):
     assert not Ledger(tmp_path).failed
 
 
-def python(code: str) -> list[str]:
-    return [sys.executable, "-c", code]
-
-
-def test_a_program_has_one_core_and_tells_its_memory(tmp_path):
-    log = tmp_path / "logs" / "a.log"
-    usage = Programs().run(
-        python("import os; b = bytearray(64 << 20); print(os.sched_getaffinity(0))"), log, 0
-    )
-    assert log.read_text() == "{0}\n"
-    assert 64 < usage.peak_memory_mib < 640
-
-
-def test_a_failed_program_is_told_by_its_error_line(tmp_path):
-    code = "import sys; print('error: no such key'); print('and more'); sys.exit(2)"
-    with pytest.raises(RunError, match=r"exit code 2: error: no such key \(.*a\.log\)"):
-        Programs().run(python(code), tmp_path / "a.log", 0)
-
-
-def test_stop_ends_the_programs_and_lets_none_start(tmp_path):
-    programs, log = Programs(), tmp_path / "a.log"
-    ended = []
-
-    def run():
-        with pytest.raises(StoppedError):
-            programs.run(python("import time; print('up', flush=True); time.sleep(60)"), log, 0)
-        ended.append(True)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    while not (log.exists() and "up" in log.read_text()):
-        assert thread.is_alive()
-    programs.stop()
-    thread.join(timeout=20)
-    assert ended
-    with pytest.raises(StoppedError):
-        programs.run(python("pass"), log, 0)
-
-
-class StandIn:
-    """What was asked of the stand-in of `hetegen`, and whether it works."""
-
-    def __init__(self, directory: Path) -> None:
-        self._calls, self._broken = directory / "calls", directory / "broken"
-
-    def calls(self) -> list[str]:
-        """The verbs since the last time."""
-        verbs = self._calls.read_text().split() if self._calls.exists() else []
-        self._calls.unlink(missing_ok=True)
-        return verbs
-
-    def breaks(self) -> None:
-        self._broken.touch()
-
-    def works(self) -> None:
-        self._broken.unlink()
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    program = StandIn(tmp_path)
+    monkeypatch.setattr(running, "HETEGEN", program)
+    return program
 
 
 @pytest.fixture
-def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StandIn:
-    script = Path(__file__).with_name("hetegen_stand_in.py")
-    monkeypatch.setattr(running, "HETEGEN", (sys.executable, str(script), str(tmp_path)))
-    return StandIn(tmp_path)
+def do(tmp_path: Path) -> Callable[[Run], Record]:
+    """Carries out a run."""
+    return partial(execute, core=0, out=tmp_path / "out", workers=Workers(), commit="abc")
 
 
-def execute(run: Run, out: Path) -> Record:
-    return running.execute(run, 0, out=out, programs=Programs(), commit="abc")
-
-
-def test_a_run_is_its_stages_and_its_record_what_they_left(tmp_path, plan, stand_in):
+def test_a_run_is_its_stages_and_its_record_what_they_left(tmp_path, plan, stand_in, do):
     out = tmp_path / "out"
     run = plan.search_runs("ads", "uniform")[0]
-    running.prepare(run, Programs(), out / "logs" / "prepare.log", 0)
-    found = execute(run, out)
+    prepare(run, Workers(), out / "logs" / "prepare.log", 0)
+    found = do(run)
     assert stand_in.calls() == ["prepare", "pretrain", "finetune"]
     assert found.status == "done"
     assert found.train_seconds == {"pretrain": 1.5, "finetune": 1.5}
@@ -178,26 +126,42 @@ def test_a_run_is_its_stages_and_its_record_what_they_left(tmp_path, plan, stand
     json.dumps(found.splits)
 
 
-def test_scores_of_other_settings_are_made_anew(tmp_path, stand_in):
-    plan, out = plan_with_strategy(tmp_path), tmp_path / "out"
-    plain, other = plan.search_runs("ads", "scratch")[0], plan.search_runs("ads", "other")[0]
-    running.prepare(plain, Programs(), out / "prepare.log", 0)
-    scores = [execute(run, out).value("test", "auc") for run in (plain, other, plain)]
+def test_all_of_a_run_happens_in_one_process_of_its_own(tmp_path, plan, stand_in, do):
+    runs = plan.search_runs("ads", "uniform")
+    prepare(runs[0], Workers(), tmp_path / "prepare.log", 0)
+    stand_in.calls()
+    for run in runs:
+        do(run)
+    processes = stand_in.processes()
+    assert processes == [processes[0]] * 2 + [processes[2]] * 2
+    assert len({processes[0], processes[2], str(os.getpid())}) == 3
+
+
+def test_scores_of_other_settings_are_made_anew(tmp_path, stand_in, do):
+    plan = plan_with_strategy(tmp_path)
+    plain = plan.search_runs("ads", "scratch")[0]
+    other = plan.chosen_runs("ads", "other", {plain.id: record(plain)})[0]
+    prepare(plain, Workers(), tmp_path / "prepare.log", 0)
+    scores = [do(run).value("test", "auc") for run in (plain, other, plain)]
     assert scores == pytest.approx([0.605, 0.609, 0.605])
     verbs = stand_in.calls()
     assert verbs == ["prepare", "scratch", "scratch", "evaluate", "scratch", "evaluate"]
 
 
-def test_a_run_that_fails_says_why(tmp_path, plan, stand_in):
+def test_a_run_that_fails_says_why(plan, stand_in, do):
     stand_in.breaks()
-    found = execute(plan.first_run("ads"), tmp_path / "out")
+    found = do(plan.first_run("ads"))
     assert found.status == "failed"
-    assert found.error.startswith("exit code 1: error: out of luck")
+    assert found.error.startswith("exit code 2: error: out of luck")
 
 
-def test_a_stage_that_ended_before_it_was_done_is_no_result(tmp_path, plan, monkeypatch):
-    monkeypatch.setattr(running, "HETEGEN", python("pass"))
-    found = execute(plan.first_run("ads"), tmp_path / "out")
+def nothing(words) -> int:
+    return 0
+
+
+def test_a_stage_that_ended_before_it_was_done_is_no_result(plan, monkeypatch, do):
+    monkeypatch.setattr(running, "HETEGEN", nothing)
+    found = do(plan.first_run("ads"))
     assert found.status == "failed"
     assert "scratch was stopped by somebody else" in found.error
 
