@@ -16,6 +16,9 @@ from hetegen_rec.distributed.runtime import start_runtime
 from hetegen_rec.models.balancing import FORMS
 
 STAGES = get_args(Stage)
+OBJECTIVES = {"diffusion": {}, "next_item": {"name": "next_item", "masked": ["place"]}}
+"""Those that borrow nothing from the other rows of a rank."""
+CASES = [(stage, objective) for stage in STAGES for objective in OBJECTIVES]
 SHARES = [(0, 40, 0), (40, 64, 16), (64, 64, 40)]
 """First and last row of each rank, and its padding: none, some, nothing else."""
 
@@ -25,12 +28,13 @@ def log():
     return Log(64)
 
 
-def gradients(stage, batch):
+def gradients(stage, objective, batch):
     """Loss and gradients of a batch, under heads that take nothing from the other rows of a rank."""
     described = SCHEMA.model_dump(mode="json")
     for field in described["fields"]:
         field["reconstruct"] = field["kind"] != "sequence"
-    config = model_config(reconstruction={"full_softmax_max": 1000})
+    described["item"] = "item"
+    config = model_config(reconstruction={"full_softmax_max": 1000}, objective=OBJECTIVES[objective])
     model = make_model(log(), stage, config, Schema.model_validate(described), table_l2=0.1)
     loss, _ = model(batch)
     loss.backward()
@@ -39,27 +43,27 @@ def gradients(stage, batch):
 
 
 def mean_gradients():
-    """By stage, the mean over the ranks of what each has of its share."""
+    """By case, the mean over the ranks of what each has of its share."""
     with start_runtime("cpu", timeout_seconds=60) as runtime:
         torch.set_num_threads(1)
         start, stop, padding = SHARES[runtime.rank]
         results = {}
-        for stage in STAGES:
-            found = gradients(stage, log().batch(start, stop, padding=padding))
+        for case in CASES:
+            found = gradients(*case, log().batch(start, stop, padding=padding))
             for values in found.values():
                 dist.all_reduce(values)
-            results[stage] = {name: values / runtime.world_size for name, values in found.items()}
+            results[case] = {name: values / runtime.world_size for name, values in found.items()}
         return results
 
 
 def test_the_mean_over_the_ranks_is_the_gradient_of_the_global_batch():
     found = run_ranks(len(SHARES), mean_gradients)[0]
-    for stage in STAGES:
-        expected = gradients(stage, log().batch())
-        assert set(found[stage]) == set(expected)
+    for case in CASES:
+        expected = gradients(*case, log().batch())
+        assert set(found[case]) == set(expected)
         for name, values in expected.items():
             torch.testing.assert_close(
-                found[stage][name], values, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+                found[case][name], values, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
             )
 
 
