@@ -100,7 +100,7 @@ def train_and_evaluate(program: Program, run: Run) -> None:
     for stage in run.stages:
         _do(program, stage, run, "--no-report")
         if not is_done(run.config, stage):
-            sys.exit(f"error: {stage} was stopped by somebody else")
+            sys.exit(f"error: {stage} was stopped before it was done")
     # The click stage evaluates itself, unless it was evaluated: then maybe with other settings for scoring.
     if run.evaluate or evaluated_before:
         _do(program, "evaluate", run, "--no-report", "--stage", run.click_stage, *run.evaluate)

@@ -72,7 +72,7 @@ class Workers:
             raise StoppedError
         log.parent.mkdir(parents=True, exist_ok=True)
         log.touch()
-        start = time.monotonic()
+        start, said_before = time.monotonic(), log.stat().st_size
         told, tell = self._context.Pipe(duplex=False)
         process = self._context.Process(target=_begin, args=(work, arguments, log, core, tell))
         with self._lock:
@@ -82,7 +82,7 @@ class Workers:
         if self._stopped:
             raise StoppedError
         if exit_code:
-            raise RunError(f"exit code {exit_code}: {_last_words(log)} ({log})")
+            raise RunError(f"exit code {exit_code}: {_last_words(log, said_before)} ({log})")
         return Usage(time.monotonic() - start, told.recv())
 
     def stop(self) -> None:
@@ -152,8 +152,9 @@ def _terminate(pid: int) -> None:
         os.kill(pid, signal.SIGTERM)
 
 
-def _last_words(log: Path) -> str:
-    """What failed work said: its `error:` line, or else its last ones."""
-    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+def _last_words(log: Path, start: int) -> str:
+    """What failed work said, from a byte of the log on: its `error:` line, or else its last ones."""
+    said = log.read_bytes()[start:].decode("utf-8", errors="replace")
+    lines = [line for line in said.splitlines() if line.strip()]
     told = [line for line in lines if line.startswith("error: ")]
     return told[-1] if told else " / ".join(lines[-_LINES_OF_A_FAILURE:])

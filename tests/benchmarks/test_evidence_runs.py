@@ -163,7 +163,7 @@ def test_a_stage_that_ended_before_it_was_done_is_no_result(plan, monkeypatch, d
     monkeypatch.setattr(running, "HETEGEN", nothing)
     found = do(plan.first_run("ads"))
     assert found.status == "failed"
-    assert "scratch was stopped by somebody else" in found.error
+    assert "scratch was stopped before it was done" in found.error
 
 
 def test_slices_count_users_and_items_by_their_training_rows(tmp_path):

@@ -38,6 +38,11 @@ def fail(code: int | str) -> None:
     sys.exit(code)
 
 
+def say_and_die(words: str) -> None:
+    print(words, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def sleep() -> None:
     print("up", flush=True)
     time.sleep(60)
@@ -82,9 +87,11 @@ def test_failed_work_is_told_by_its_error_line(tmp_path, workers, code):
         workers.run(fail, (code,), tmp_path / "a.log", 0)
 
 
-def test_a_killed_worker_is_told_by_its_signal(tmp_path, workers):
-    with pytest.raises(RunError, match=r"exit code -6: "):
-        workers.run(os.abort, (), tmp_path / "a.log", 0)
+def test_a_killed_worker_is_told_by_its_signal_and_not_by_earlier_words(tmp_path, workers):
+    log = tmp_path / "a.log"
+    log.write_text("error: of an earlier attempt\n")
+    with pytest.raises(RunError, match=r"exit code -9: last \(.*a\.log\)"):
+        workers.run(say_and_die, ("last",), log, 0)
 
 
 def test_work_side_by_side_keeps_its_exit_codes_apart(tmp_path, workers):
