@@ -3,7 +3,8 @@
 Two passes over the raw files of all splits: one learns when the rows were, one copies them to
 
     cut.json                                the periods, and what they were cut from
-    period-NN/{early,late}/types-*/part-*.parquet    raw rows in the columns of the schema
+    period-NN/{early,late}/{0-train,1-valid,2-test}/types-*/part-*.parquet
+                                            raw rows in the columns of the schema, in their order
 
 `late` is the newest share of a period. It validates the model of its period and is trained on with the next
 one, so no model is chosen by rows that it is tested on, and no row is lost to training.
@@ -13,9 +14,10 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -24,6 +26,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from hetegen_rec.config.data import Split
 from hetegen_rec.config.errors import ConfigError
 from hetegen_rec.config.incremental import FEWEST_UPDATES, IncrementalConfig
 from hetegen_rec.config.run import RunConfig
@@ -90,7 +93,7 @@ class Periods:
         """Globs of the raw rows of some parts of a period, by default both; in order of time."""
         num_rows = self.periods[number - 1].rows_of
         return [
-            raw_pattern(_part_directory(self.directory, number, part))
+            raw_pattern(_part_directory(self.directory, number, part) / "*")
             for part in parts or _PARTS
             if num_rows(part)
         ]
@@ -269,7 +272,7 @@ class _Cutting:
         # No other column has to be read for that.
         narrow = Schema(label=schema.label, timestamp=schema.timestamp, fields=schema.table_owners[:1])
         with self.workers.together("reading the times of the rows"):
-            self._pass(narrow, "times of", lambda *rows: times.add(_times_of(schema, *rows)))
+            self._pass(narrow, "times of", lambda _: lambda *rows: times.add(_times_of(schema, *rows)))
         all_times = _Times()
         for part in self.workers.gather(times):
             all_times.merge(part)
@@ -277,35 +280,47 @@ class _Cutting:
 
     def _copy(self, directory: Path, edges: Sequence[int]) -> list[int]:
         """The second pass: copies every row to its part; returns the rows of each over all ranks."""
-        schema, limits = self.config.features, np.asarray(edges, np.int64)
-        writers = [
-            RawParts(
-                _part_directory(directory, place // 2 + 1, _PARTS[place % 2]),
-                self.workers.rank,
-                self.config.data.rows_per_group,
-            )
-            for place in range(len(edges) + 1)
-        ]
-
-        def copy(table: pa.Table, first_row: int, where: str) -> None:
-            times = _times_of(schema, table, first_row, where)
-            places = np.searchsorted(limits, times, side="right")
-            for place in np.unique(places):
-                writers[place].add(table.filter(pa.array(places == place)))
-
+        limits = np.asarray(edges, np.int64)
+        writers = {
+            split: [self._writer(directory, place, f"{order}-{split}") for place in range(len(edges) + 1)]
+            for order, split in enumerate(self.groups)
+        }
         with self.workers.together("cutting the log into periods"):
-            self._pass(schema, "cutting", copy)
-            for writer in writers:
+            self._pass(
+                self.config.features,
+                "cutting",
+                lambda split: partial(self._share_out, limits, writers[split]),
+            )
+            for writer in (one for of_split in writers.values() for one in of_split):
                 writer.close()
-        counts = self.workers.gather([writer.num_rows for writer in writers])
+        mine = [[writer.num_rows for writer in of_split] for of_split in writers.values()]
+        counts = [of_split for of_rank in self.workers.gather(mine) for of_split in of_rank]
         return [sum(of_part) for of_part in zip(*counts, strict=True)]
 
-    def _pass(self, schema: Schema, what: str, use: Use) -> None:
-        """Hands this rank's share of every split's rows to `use`."""
+    def _writer(self, directory: Path, place: int, split: str) -> RawParts:
+        part = _part_directory(directory, place // 2 + 1, _PARTS[place % 2])
+        return RawParts(part / split, self.workers.rank, self.config.data.rows_per_group)
+
+    def _share_out(
+        self,
+        limits: NDArray[np.int64],
+        writers: Sequence[RawParts],
+        table: pa.Table,
+        first_row: int,
+        where: str,
+    ) -> None:
+        """Writes every row to its part: the one whose index is the number of limits that are not above it."""
+        times = _times_of(self.config.features, table, first_row, where)
+        places = np.searchsorted(limits, times, side="right")
+        for place in np.unique(places):
+            writers[place].add(table.filter(pa.array(places == place)))
+
+    def _pass(self, schema: Schema, what: str, use: Callable[[Split], Use]) -> None:
+        """Hands this rank's share of every split's rows to what `use` says for the split."""
         skip = self.config.data.on_bad_shard == "skip"
         rows = RowPass(schema, self.workers, self.progress, skip=skip)
         for split, groups in self.groups.items():
-            for _, reason in rows.read(groups, f"{what} {split}", use):
+            for _, reason in rows.read(groups, f"{what} {split}", use(split)):
                 logger.warning("left out of the periods: %s", reason)
 
 
