@@ -66,6 +66,7 @@ VERBS: dict[str, tuple[Verb, str]] = {
     "finetune": (jobs.train("finetune"), "click training from the pre-trained model"),
     "joint": (jobs.train("joint"), "clicks and reconstruction in one stage"),
     "scratch": (jobs.train("scratch"), "the baseline: click training of the same network from nothing"),
+    "incremental": (jobs.incremental, "train over the periods of a log, each tested on the next"),
     "evaluate": (jobs.evaluate, "AUC, LogLoss, GAUC, calibration and slices of a trained stage"),
     "predict": (jobs.predict, "write the click probability of every row to Parquet"),
     "report": (jobs.report, "collect what a run directory holds into report.html"),
@@ -133,6 +134,8 @@ def _parser_of(verb: str) -> argparse.ArgumentParser:
     parser.set_defaults(fresh=False, accept_changes=False, with_report=True)
     if verb in ("pretrain", "finetune", "joint", "scratch", "demo"):
         _add_training_options(parser)
+    if verb == "incremental":
+        _add_fresh(parser)
     if verb in ("pretrain", "finetune", "joint", "scratch", "demo", "evaluate"):
         parser.add_argument(
             "--no-report",
@@ -149,15 +152,19 @@ def _parser_of(verb: str) -> argparse.ArgumentParser:
 
 def _add_training_options(parser: argparse.ArgumentParser) -> None:
     earlier = parser.add_mutually_exclusive_group()
-    earlier.add_argument(
-        "--fresh",
-        action="store_true",
-        help="train anew and replace what earlier attempts left, instead of going on with it",
-    )
+    _add_fresh(earlier)
     earlier.add_argument(
         "--accept-changes",
         action="store_true",
         help="go on with an earlier attempt although settings that say how to train differ, such as rates",
+    )
+
+
+def _add_fresh(options: argparse._ActionsContainer) -> None:
+    options.add_argument(
+        "--fresh",
+        action="store_true",
+        help="train anew and replace what earlier attempts left, instead of going on with it",
     )
 
 

@@ -16,6 +16,8 @@ from hetegen_rec.data.prepare import encode_files
 from hetegen_rec.data.reader import Reader
 from hetegen_rec.data.statistics import Statistics
 from hetegen_rec.distributed.runtime import Runtime
+from hetegen_rec.evaluation.incremental import results_table as incremental_table
+from hetegen_rec.evaluation.incremental import write_page
 from hetegen_rec.evaluation.predictions import Predictions
 from hetegen_rec.evaluation.report import write_report
 from hetegen_rec.evaluation.results import read_evaluation, write_evaluation
@@ -24,6 +26,7 @@ from hetegen_rec.inference.scorer import Scorer
 from hetegen_rec.locks import directory_lock
 from hetegen_rec.training import stages
 from hetegen_rec.training.checkpoint import CheckpointInfo
+from hetegen_rec.training.incremental import open_sequence, sequence_dir
 from hetegen_rec.training.progress import RowsProgress
 from hetegen_rec.training.scoring import (
     measure,
@@ -119,9 +122,25 @@ def demo(job: Job) -> None:
         _show_results(job)
 
 
+def incremental(job: Job) -> None:
+    """Trains over the periods of a log in time order, and tests each model on the period after."""
+    config, directory = job.config, sequence_dir(job.config)
+    with _alone(job, directory):
+        sequence = open_sequence(config, job.runtime, fresh=job.fresh)
+        for update in sequence.updates():
+            if not _train(replace(job, config=update.config), sequence.stage):
+                return
+            with job.runtime.together("recording a model's results"):
+                if job.runtime.is_main:
+                    sequence.record(update)
+    if job.runtime.is_main:
+        terminal.results().print(incremental_table(sequence.results))
+        terminal.results().print(f"report: {write_page(sequence.results, directory).resolve()}")
+
+
 def _train(job: Job, stage: Stage) -> bool:
     """Trains a stage and evaluates it, whatever of it is not done yet; returns whether it is finished."""
-    with _alone(job, stage):
+    with _alone(job, job.config.stage_dir(stage)):
         finished = stages.run_stage(
             job.config, stage, job.runtime, fresh=job.fresh, accept_changes=job.accept_changes
         )
@@ -133,12 +152,12 @@ def _train(job: Job, stage: Stage) -> bool:
 
 
 @contextmanager
-def _alone(job: Job, stage: Stage) -> Iterator[None]:
-    """Context in which no other job may write to the stage's directory."""
+def _alone(job: Job, directory: Path) -> Iterator[None]:
+    """Context in which no other job may write to a directory."""
     with ExitStack() as stack:
         with job.runtime.together("taking the run directory"):
             if job.runtime.is_main:
-                stack.enter_context(directory_lock(job.config.stage_dir(stage)))
+                stack.enter_context(directory_lock(directory))
         yield
 
 

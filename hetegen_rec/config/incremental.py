@@ -64,8 +64,9 @@ class IncrementalConfig(Section):
             self._refuse_unused("with `period_length`", "periods")
         elif self.periods < self.first_periods + FEWEST_UPDATES:
             raise ValueError(
-                f"`periods: {self.periods}` are too few for `first_periods: {self.first_periods}`: behind those "
-                f"come one to go on with and one to test on; use {self.first_periods + FEWEST_UPDATES} or more"
+                f"`periods: {self.periods}` are too few for `first_periods: {self.first_periods}`: behind "
+                "those come one to go on with and one to test on; use "
+                f"{self.first_periods + FEWEST_UPDATES} or more"
             )
         if "fesail" not in self.ways:
             reason = f"with `ways: [{', '.join(self.ways)}]`"

@@ -238,6 +238,22 @@ def valid_auc(stages: Mapping[str, StageRecord]) -> Figure | None:
     return figure
 
 
+def over_periods(lines: Mapping[str, Mapping[int, float]], label: str) -> Figure | None:
+    """One line a way of following a log: a metric by the number of the tested period."""
+    lines = {name: line for name, line in lines.items() if line}
+    if not lines:
+        return None
+    with _canvas() as (figure, axes):
+        for color, (name, line) in zip(STAGE_COLORS.values(), lines.items(), strict=False):
+            axes.plot(list(line), list(line.values()), color=color, marker="o", markersize=4, label=name)
+        axes.set_xlabel("tested period")
+        axes.set_ylabel(label)
+        axes.set_xticks(sorted({period for line in lines.values() for period in line}))
+        axes.margins(x=0.06, y=0.12)
+        axes.legend()
+    return figure
+
+
 def _by_final_value(names: Mapping[str, StageRecord], *sources: Mapping[str, Series]) -> list[str]:
     def final(name: str) -> float:
         return next((source[name].last for source in sources if source[name]), np.inf)

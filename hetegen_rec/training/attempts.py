@@ -59,6 +59,12 @@ def end_attempt(config: RunConfig, stage: Stage, state: StageState) -> None:
     write_whole(config.stage_dir(stage) / _DONE, json.dumps(done))
 
 
+def read_done(config: RunConfig, stage: Stage) -> dict[str, Any]:
+    """What `end_attempt` noted of a finished stage: steps, seconds, and what was skipped."""
+    done: dict[str, Any] = json.loads((config.stage_dir(stage) / _DONE).read_text(encoding="utf-8"))
+    return done
+
+
 def clear_attempt(config: RunConfig, stage: Stage, clear_checkpoints: Callable[[], None]) -> None:
     """Removes what earlier attempts left of a stage.
 

@@ -49,11 +49,16 @@ logger = logging.getLogger(__name__)
 
 def prepare_data(config: RunConfig, runtime: Runtime) -> Statistics:
     """Brings a built-in data set if the run names one, and encodes whatever is not encoded yet."""
+    fetch_data(config, runtime)
+    with RowsProgress(enabled=runtime.is_main) as progress:
+        return prepare(config, runtime, progress)
+
+
+def fetch_data(config: RunConfig, runtime: Runtime) -> None:
+    """Brings a built-in data set if the run names one. A collective."""
     with runtime.together("fetching the data set"):
         if config.data.source and runtime.is_main:
             fetch_source(config.data.source, str(config.data.raw_dir))
-    with RowsProgress(enabled=runtime.is_main) as progress:
-        return prepare(config, runtime, progress)
 
 
 def run_stage(
