@@ -102,7 +102,7 @@ def launch(verb: str) -> None:
 
 
 def _parse_verb(arguments: Sequence[str]) -> str:
-    lines = [f"  {name:10}{text}" for name, (_, text) in VERBS.items()]
+    lines = [f"  {name:12}{text}" for name, (_, text) in VERBS.items()]
     parser = argparse.ArgumentParser(
         prog="hetegen",
         usage="hetegen VERB [options] [key=value ...]",
