@@ -14,11 +14,13 @@ from tiny_run import files_below, tiny_config
 
 from hetegen_rec import jobs
 from hetegen_rec.config.errors import ConfigError
-from hetegen_rec.config.incremental import Way
+from hetegen_rec.config.incremental import StaleIdsConfig, Way
+from hetegen_rec.config.loading import parse_config
 from hetegen_rec.config.run import RunConfig
 from hetegen_rec.data.raw import expand_paths
 from hetegen_rec.data.staleness import Staleness
 from hetegen_rec.distributed.runtime import start_runtime
+from hetegen_rec.distributed.sharding import table_weights
 from hetegen_rec.evaluation.results import read_evaluation
 from hetegen_rec.jobs import Job
 from hetegen_rec.training import stages
@@ -235,3 +237,32 @@ def test_other_settings_need_a_fresh_start(finished: tuple[RunConfig, dict], tmp
         update: Update = list(open_sequence(config, runtime).updates())[1]
     assert update.way == "finetune"
     assert read_done(update.config, "scratch")["steps"] == 6
+
+
+def movements(config: RunConfig, directory: Path, stale_ids: StaleIdsConfig | None) -> np.ndarray:
+    """How far each user's row moves in one update that is trained like `config`, holding ids or not."""
+    values = config.model_dump() | {"run_dir": str(directory)}
+    values["stages"]["scratch"]["stale_ids"] = stale_ids and stale_ids.model_dump()
+    with start_runtime("cpu") as runtime:
+        run = parse_config(values, "test")
+        with stages.open_trainer(run, "scratch", runtime) as trainer:
+            weights = table_weights(trainer.model.dmp)["user_id"].local_shards()[0].tensor
+            before = weights.clone()
+            trainer.run()
+            return (weights - before).norm(dim=1).numpy()
+
+
+def test_rows_of_stale_ids_move_less(finished: tuple[RunConfig, dict], tmp_path: Path) -> None:
+    config, _ = finished
+    with start_runtime("cpu") as runtime:
+        update = next(one for one in open_sequence(config, runtime).updates() if one.way == "fesail")
+    held = update.config.stage("scratch").stale_ids
+    assert held is not None
+    ages = Staleness.load(held.directory).by_table["user_id"]
+    free = movements(update.config, tmp_path / "free", None)
+    tight = movements(update.config, tmp_path / "tight", held.model_copy(update={"regularisation": 9.0}))
+    replayed = np.flatnonzero((ages > 0) & (free[: len(ages)] > 0))
+    active = np.flatnonzero((ages == 0) & (free[: len(ages)] > 0))
+    assert len(replayed) > 5
+    assert tight[replayed].mean() < 0.3 * free[replayed].mean()
+    assert tight[active].mean() == pytest.approx(free[active].mean(), rel=0.1)
