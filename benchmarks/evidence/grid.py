@@ -187,9 +187,9 @@ class Grid(Section):
         """The methods that run on a data set."""
         return [method for method in self.methods if self.runs_on(method, data_set)]
 
-    def members(self, groups: Collection[str]) -> list[str]:
-        """The methods of some groups."""
-        return [name for name, method in self.methods.items() if method.group in groups]
+    def members(self, groups: Iterable[str]) -> list[str]:
+        """The methods of some groups, one group after the other."""
+        return [name for group in groups for name, method in self.methods.items() if method.group == group]
 
     def seeds_of(self, method: str) -> int:
         """How many seeds a method has."""

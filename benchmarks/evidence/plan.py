@@ -109,8 +109,8 @@ class Plan:
         return next(run for run in self.runs if run.data_set == data_set)
 
     def search_runs(self, data_set: str, method: str) -> list[Run]:
-        """One run an option, on the seed of the search; none of a method that trains nothing."""
-        if self.grid.methods[method].of is not None:
+        """One run an option, on the seed of the search; none of a method that trains nothing there."""
+        if self.grid.methods[method].of is not None or not self.grid.runs_on(method, data_set):
             return []
         options = self.grid.data_sets[data_set].search
         return [self._runs[data_set, method, option, SEARCH_SEED] for option in options]

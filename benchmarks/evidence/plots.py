@@ -23,7 +23,7 @@ def differences(summary: Summary) -> Figure | None:
     for axes, (data_set, comparisons) in zip(panels, found.items(), strict=True):
         axes.set_title(data_set, loc="left", fontsize=9.5)
         _draw(axes, {methods.index(method): one for method, one in comparisons.items()})
-    panels[0].set_yticks(range(len(methods)), [summary.grid.methods[method].title for method in methods])
+    panels[0].set_yticks(range(len(methods)), [summary.title(method) for method in methods])
     panels[0].set_ylim(len(methods) - 0.4, -0.6)
     figure.supxlabel("difference of test AUC", fontsize=9, color=_MUTED)
     return figure

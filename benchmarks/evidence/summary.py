@@ -1,8 +1,8 @@
 """What the finished runs amount to: values over seeds by data set and method, and how methods compare."""
 
 import statistics
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -26,14 +26,14 @@ def slice_auc(name: str) -> Metric:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One method against the baseline on one data set, paired over the seeds that both have."""
+    """One method against another on one data set, paired over the seeds that both have."""
 
     differences: tuple[float, ...]
     """One a seed."""
     p_value: float | None
     """Of Student's paired t-test; None for fewer than two seeds."""
     adjusted: float | None
-    """The same, corrected for the number of methods on the data set."""
+    """The same, corrected for the number of comparisons; None before."""
     relative_improvement: float | None
     """Of the means over these seeds."""
 
@@ -53,6 +53,21 @@ class Comparison:
         return self.adjusted is not None and self.adjusted < LEVEL
 
 
+@dataclass(frozen=True)
+class Ranking:
+    """Ranks of methods among themselves; 1 is best."""
+
+    by_data_set: dict[str, dict[str, float]]
+
+    @property
+    def means(self) -> dict[str, float]:
+        """Over data sets, best first."""
+        columns = list(self.by_data_set.values())
+        names = columns[0] if columns else {}
+        means = {name: statistics.mean(column[name] for column in columns) for name in names}
+        return dict(sorted(means.items(), key=lambda item: item[1]))
+
+
 class Summary:
     """The tables' numbers, from the records alone, but for the bootstrap, which reads predictions."""
 
@@ -66,9 +81,10 @@ class Summary:
 
     @cached_property
     def methods(self) -> list[str]:
-        """Those with a finished run, in the order of the grid."""
+        """Those with a finished run, group after group, in the order of the grid."""
         found = {method for _, method in self._chosen}
-        return [method for method in self.grid.methods if method in found]
+        in_order = self.grid.members(self.grid.groups) if self.grid.groups else self.grid.methods
+        return [method for method in in_order if method in found]
 
     @cached_property
     def _chosen(self) -> dict[tuple[str, str], list[Record]]:
@@ -80,6 +96,10 @@ class Summary:
             if records:
                 chosen[pair] = records
         return chosen
+
+    def title(self, method: str) -> str:
+        """As the page names it."""
+        return self.grid.methods[method].title
 
     def records(self, data_set: str, method: str) -> list[Record]:
         """Finished runs of a cell, in order of seed."""
@@ -104,63 +124,62 @@ class Summary:
         """Mean and deviation over seeds."""
         return spread_of(list(self.values(data_set, method, metric).values()))
 
-    def comparisons(self, data_set: str, metric: Metric) -> dict[str, Comparison]:
-        """Every other method against the baseline, by method; those without a common seed are left out."""
-        base = self.values(data_set, self.grid.baseline, metric)
-        pairs = {}
-        for method in self.methods:
-            ours = self.values(data_set, method, metric)
-            common = sorted(ours.keys() & base.keys())
-            if method != self.grid.baseline and common:
-                pairs[method] = [(ours[seed], base[seed]) for seed in common]
-        differences = {method: tuple(a - b for a, b in values) for method, values in pairs.items()}
-        p_values = {method: paired_p_value(values) for method, values in differences.items()}
-        adjusted = holm({method: p for method, p in p_values.items() if p is not None})
-        return {
-            method: Comparison(
-                differences[method],
-                p_values[method],
-                adjusted.get(method),
-                relative_improvement(*(statistics.mean(side) for side in zip(*pairs[method], strict=True))),
-            )
-            for method in pairs
-        }
+    def compare(self, data_set: str, method: str, base: str, metric: Metric) -> Comparison | None:
+        """One method against another, not corrected; None without a common seed."""
+        ours, theirs = (self.values(data_set, one, metric) for one in (method, base))
+        pairs = [(ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
+        if not pairs:
+            return None
+        differences = tuple(one - other for one, other in pairs)
+        means = (statistics.mean(side) for side in zip(*pairs, strict=True))
+        return Comparison(differences, paired_p_value(differences), None, relative_improvement(*means))
 
-    def intervals(self, data_set: str, method: str) -> list[Interval]:
-        """Of the AUC difference to the baseline on test, by resampling users or rows, one a seed."""
-        base = {record.seed: record for record in self.records(data_set, self.grid.baseline)}
+    def comparisons(self, data_set: str, metric: Metric) -> dict[str, Comparison]:
+        """Every other method against the baseline, by method, corrected for their number."""
+        base = self.grid.baseline
+        others = [method for method in self.methods if method != base]
+        return corrected({m: self.compare(data_set, m, base, metric) for m in others})
+
+    def intervals(self, data_set: str, method: str, base: str) -> list[Interval]:
+        """Of the AUC difference to another method on test, by resampling users or rows, one a seed."""
+        theirs = {record.seed: record for record in self.records(data_set, base)}
         found = []
         for record in self.records(data_set, method):
-            if record.seed in base:
-                interval = _interval(self._out, record.run, base[record.seed].run)
+            if record.seed in theirs:
+                interval = _interval(self._out, record.run, theirs[record.seed].run)
                 found += [interval] if interval is not None else []
         return found
 
-    @cached_property
-    def ranks(self) -> dict[str, dict[str, float]]:
-        """Ranks by mean AUC on valid, of the methods that run everywhere, by data set where all have."""
-        everywhere = [m for m in self.methods if self.grid.methods[m].only is None]
-        found = {}
-        for data_set in self.data_sets:
-            spreads = {method: self.spread(data_set, method, VALID_AUC) for method in everywhere}
-            means = {method: spread.mean for method, spread in spreads.items() if spread is not None}
-            if len(means) == len(everywhere):
-                found[data_set] = ranks(means)
-        return found
+    def means_on_valid(self, data_set: str, methods: Collection[str]) -> dict[str, float]:
+        """Mean AUC of those methods that have run, over the seeds that all of these have."""
+        values = {method: self.values(data_set, method, VALID_AUC) for method in methods}
+        found = {method: by_seed for method, by_seed in values.items() if by_seed}
+        seeds = set.intersection(*map(set, found.values())) if found else set()
+        return {m: statistics.mean(by_seed[seed] for seed in seeds) for m, by_seed in found.items() if seeds}
 
-    @property
-    def mean_ranks(self) -> dict[str, float]:
-        """Over data sets, best first."""
-        columns = list(self.ranks.values())
-        names = columns[0] if columns else {}
-        means = {name: statistics.mean(column[name] for column in columns) for name in names}
-        return dict(sorted(means.items(), key=lambda item: item[1]))
+    def best_on_valid(self, data_set: str, methods: Collection[str]) -> str | None:
+        """The one of some methods that validation would choose; None if it cannot say yet."""
+        means = self.means_on_valid(data_set, methods)
+        return max(means, key=lambda method: means[method], default=None)
 
-    def best_on_valid(self, data_set: str) -> str:
-        """The method that validation would choose."""
-        spreads = {method: self.spread(data_set, method, VALID_AUC) for method in self.methods}
-        means = {method: spread.mean for method, spread in spreads.items() if spread is not None}
-        return max(means, key=lambda method: means[method])
+    def ranking(self, methods: Collection[str]) -> Ranking:
+        """Ranks of some methods among themselves by mean AUC on valid.
+
+        Only those take part that run wherever any of them does, and only data sets count where all of these
+        have run.
+        """
+        where = [name for name in self.data_sets if set(methods) & set(self.grid.methods_of(name))]
+        everywhere = [m for m in methods if all(self.grid.runs_on(m, data_set) for data_set in where)]
+        means = {data_set: self.means_on_valid(data_set, everywhere) for data_set in where}
+        complete = {data_set: one for data_set, one in means.items() if one and len(one) == len(everywhere)}
+        return Ranking({data_set: ranks(one) for data_set, one in complete.items()})
+
+
+def corrected(comparisons: Mapping[str, Comparison | None]) -> dict[str, Comparison]:
+    """Those that there are, with p-values corrected for their number (Holm)."""
+    found = {name: one for name, one in comparisons.items() if one is not None}
+    adjusted = holm({name: one.p_value for name, one in found.items() if one.p_value is not None})
+    return {name: replace(one, adjusted=adjusted.get(name)) for name, one in found.items()}
 
 
 def _interval(out: Path, ours: str, base: str) -> Interval | None:

@@ -1,5 +1,6 @@
 """The sentences of the page: how its numbers were made, and how to read them."""
 
+from benchmarks.evidence.peers import sources
 from benchmarks.evidence.summary import Summary
 
 DIFFERENCES = (
@@ -13,9 +14,14 @@ AGAINST_BASELINE = (
     "the choice of test rows, the t-test that of the seed. RI: (AUC - 0.5) / (the baseline's - 0.5) - 1. The "
     "last columns are differences of AUC on slices of test."
 )
+STRATEGIES = (
+    "The same trained models, seed by seed, scored by one plain pass and by a strategy; differences of test "
+    "AUC, corrected for their number on the data set. Passes a row: how often the network sees a row, in the "
+    "mean. Time: seconds to score, as a multiple of those of the plain pass."
+)
 CHOICE = (
-    "Mean AUC on valid, and what follows from it without a look at test. Ranks are over the data sets where "
-    "every method that can run everywhere has run; 1 is best."
+    "Mean AUC on valid, and what follows from it without a look at test. Ranks are among the methods of a "
+    "table that run on all of its data sets, over the seeds that all have; 1 is best."
 )
 GAUC = "AUC within a user, averaged over the users with both classes, weighted by their rows."
 LOG_LOSS = (
@@ -36,12 +42,31 @@ FAILED = "They are tried again when the command is given again."
 
 def headline(summary: Summary) -> str:
     """What the main table shows."""
-    base = summary.grid.methods[summary.grid.baseline].title
+    base = summary.title(summary.grid.baseline)
+    copied = sources(summary.grid)
     return (
-        f"Mean ± standard deviation over {summary.grid.seeds} seeds; the best in bold. ▲ or ▼: above or "
+        f"Mean ± standard deviation over {_seeds(summary)} seeds; the best in bold. ▲ or ▼: above or "
         f"below “{base}” with p < 0.05 in a paired t-test over seeds; twice, if that stays so after "
         "correction for the number of methods. Settings and checkpoints are chosen on valid; every method "
         "gets the same epochs and the same search."
+        + (f" Copied figures, which no test of significance sees, are those of {copied}." if copied else "")
+    )
+
+
+def _seeds(summary: Summary) -> str:
+    """How many, of the methods that have run."""
+    numbers = sorted({summary.grid.seeds_of(method) for method in summary.methods})
+    return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
+
+
+def contest(ours: str, baselines: str) -> str:
+    """Who meets whom, and how to read it."""
+    return (
+        f"On every data set the method with the best mean AUC on valid among “{ours}” meets that among "
+        f"“{baselines}”. Differences are paired by seed; p: Student's t-test, corrected by Holm's "
+        "method for the number of data sets. RI: (AUC - 0.5) / (the baseline's - 0.5) - 1. Bold: a gain on a "
+        "slice above the gain overall. Bootstrap: in how many seeds the 95 % interval of the difference over "
+        "resampled users or rows lies above or below zero."
     )
 
 

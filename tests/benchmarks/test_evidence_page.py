@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_grid import plan_of, record
+from small_grid import METHODS, OTHER, grid_values, plan_of, record
 
 from benchmarks.evidence.comparing import holm, paired_p_value, ranks
+from benchmarks.evidence.contest import matches, verdict
 from benchmarks.evidence.page import to_html, to_markdown
 from benchmarks.evidence.plan import Plan
 from benchmarks.evidence.records import Record
@@ -45,7 +46,12 @@ def test_equal_values_share_their_ranks():
     assert ranks({"a": 0.5, "b": 0.7, "c": 0.5, "d": 0.1}) == {"b": 1, "a": 2.5, "c": 2.5, "d": 4}
 
 
-AUCS = {"scratch": [0.700, 0.704, 0.702], "uniform": [0.711, 0.714, 0.712]}
+AUCS = {
+    "scratch": [0.700, 0.704, 0.702],
+    "uniform": [0.711, 0.714, 0.712],
+    "fm": [0.690, 0.689, 0.688],
+    "other": [0.705, 0.708, 0.707],
+}
 
 
 def finished(plan: Plan, aucs=AUCS) -> dict[str, Record]:
@@ -119,6 +125,117 @@ def test_a_part_of_the_grid_is_told_as_such(tmp_path, plan):
     assert "shop" not in text
 
 
+GROUPED = {
+    "groups": {"rest": "Others", "family": "Ours"},
+    "contest": {"ours": ["family"], "baselines": ["rest"]},
+    "methods": {
+        "uniform": {**METHODS["uniform"], "group": "family"},
+        "fm": {"title": "FM", "group": "rest", "stages": ["scratch"], "overrides": {"model.dim": 4}},
+        "scratch": {**METHODS["scratch"], "group": "rest"},
+        "other": {**OTHER, "group": "family"},
+    },
+}
+
+
+@pytest.fixture
+def grouped(tmp_path: Path) -> Plan:
+    data_sets = grid_values(tmp_path)["data_sets"]
+    data_sets["ads"]["peers"] = {
+        "FM": {"source": "a library", "auc": 0.705, "tail_items": 0.6},
+        "DIN": {"source": "a library", "auc": 0.709},
+    }
+    return plan_of(tmp_path, **GROUPED, data_sets=data_sets)
+
+
+def section(text: str, title: str) -> str:
+    return text.split(f"## {title}\n")[1].split("\n## ", maxsplit=1)[0]
+
+
+def test_rows_stand_in_blocks_of_their_groups(tmp_path, grouped):
+    table = section(page(grouped, finished(grouped), tmp_path), "AUC on test")
+    firsts = [line.split(" | ")[0] for line in table.splitlines() if line.startswith("| ")]
+    in_blocks = ["| *Others*", "| FM", "| From scratch", "| *Ours*", "| Uniform", "| Other slices"]
+    assert firsts[:8] == ["| method", "| ---", *in_blocks]
+
+
+def test_the_best_of_ours_meets_the_best_baseline_on_valid(tmp_path, grouped):
+    text = section(page(grouped, finished(grouped), tmp_path), "The best against the best")
+    assert (
+        "Of 2 data sets ours is higher on 2 (ads, shop), with p < 0.05 on 2 (ads, shop); it is lower" in text
+    )
+    met = "| Uniform | 0.7123 ± 0.0015 | From scratch | 0.7020 ± 0.0020 | +0.0103 ▲▲ |"
+    assert f"| ads {met}" in text
+    assert f"| shop {met}" in text
+    # Scratch is 0.05 lower on cold users: the gain there is larger; tail items have one class only.
+    assert "| ads | +0.0103 | +5.12 % | **+0.0603** ▲ | - | n/a |" in text
+
+
+def test_a_contest_is_decided_on_valid_alone(tmp_path, grouped):
+    done = finished(grouped)
+    for one in done.values():
+        if one.method == "other":
+            one.splits["valid"]["auc"] += 0.1
+    found = matches(Summary(grouped, done, tmp_path), grouped.grid.contest)
+    assert [(match.ours, match.baseline) for match in found] == [("other", "scratch")] * 2
+    assert [match.test.mean for match in found] == pytest.approx([0.005 - 1 / 3000] * 2)
+
+
+def test_p_values_of_a_contest_are_corrected_for_the_data_sets(tmp_path, grouped):
+    for match in matches(Summary(grouped, finished(grouped), tmp_path), grouped.grid.contest):
+        assert match.test.adjusted == pytest.approx(2 * match.test.p_value)
+
+
+def test_a_loss_gains_nothing_on_slices(tmp_path, grouped):
+    worse = {**AUCS, "uniform": [0.1] * 3, "other": [0.69, 0.69, 0.69]}
+    found = matches(Summary(grouped, finished(grouped, worse), tmp_path), grouped.grid.contest)
+    assert [match.gains_most_on for match in found] == [[], []]
+    assert "lower with p < 0.05 on 2 (ads, shop)" in verdict(found)
+
+
+def test_strategies_are_held_against_the_plain_pass_of_the_same_models(tmp_path, grouped):
+    done = finished(grouped)
+    for one in done.values():
+        is_strategy = one.method == "other"
+        one.splits["test"]["inference"] = {"passes_per_row": 2.5, "time_multiple": 2.0} if is_strategy else {}
+    text = section(page(grouped, done, tmp_path), "Test-time strategies")
+    plain_and_not = "| Other slices | From scratch | 0.7020 ± 0.0020 | 0.7067 ± 0.0015 | +0.0047 ▲▲ |"
+    (line, _) = [line for line in text.splitlines() if line.startswith(plain_and_not)]
+    assert line.endswith("| 2.50 | 2.00 |")
+
+
+def test_copied_figures_stand_apart_and_beside_what_valid_chooses(tmp_path, grouped):
+    text = page(grouped, finished(grouped), tmp_path)
+    table = section(text, "AUC on test").split("| copied, not measured here | ads |")[1]
+    assert "| FM | 0.7050 |\n| DIN | **0.7090** |\n| ours, chosen on valid | 0.7123 |" in table
+    assert "are those of a library." in section(text, "AUC on test").replace("\n", " ")
+    assert "| copied, not measured here |" not in section(
+        text, "LogLoss on test, temperature fitted on valid"
+    )
+
+
+def test_choices_are_ranked_by_themselves(tmp_path):
+    methods = {name: {**one, "group": "all"} for name, one in METHODS.items()}
+    fm = {
+        "title": "FM",
+        "group": "all",
+        "stages": ["scratch"],
+        "overrides": {"model.dim": 4},
+        "only": ["ads"],
+    }
+    plan = plan_of(
+        tmp_path,
+        groups={"all": "All"},
+        methods={**methods, "fm": fm},
+        choices={"Kind": ["fm", "scratch"]},
+    )
+    text = section(page(plan, finished(plan), tmp_path), "What validation would choose")
+    overall, kind = text.split("| rank by AUC on valid | mean | ads | shop |")[1].split(
+        "| Kind: rank on valid |"
+    )
+    assert "| Uniform | **1.00** | 1 | 1 |\n| From scratch | 2.00 | 2 | 2 |" in overall
+    assert "FM" not in overall + kind  # it runs on one of the data sets only
+
+
 def test_failures_are_told(tmp_path, plan):
     unlucky = plan.first_run("shop")
     text = page(plan, {}, tmp_path, {unlucky.id: record(unlucky, status="failed")})
@@ -127,9 +244,17 @@ def test_failures_are_told(tmp_path, plan):
 
 def test_ranks_are_over_data_sets_that_everybody_has_run_on(tmp_path, plan):
     done = finished(plan)
-    assert Summary(plan, done, tmp_path).mean_ranks == {"uniform": 1.0, "scratch": 2.0}
+    assert Summary(plan, done, tmp_path).ranking(plan.grid.methods).means == {"uniform": 1.0, "scratch": 2.0}
     done = {run: one for run, one in done.items() if (one.data_set, one.method) != ("shop", "uniform")}
-    assert list(Summary(plan, done, tmp_path).ranks) == ["ads"]
+    assert list(Summary(plan, done, tmp_path).ranking(plan.grid.methods).by_data_set) == ["ads"]
+
+
+def test_ranks_are_over_the_seeds_that_all_have(tmp_path, plan):
+    late = {**AUCS, "scratch": [0.700, 0.704, 0.900]}
+    done = finished(plan, late)
+    assert Summary(plan, done, tmp_path).best_on_valid("ads", plan.grid.methods) == "scratch"
+    done = {run: one for run, one in done.items() if (one.method, one.seed) != ("uniform", 2)}
+    assert Summary(plan, done, tmp_path).best_on_valid("ads", plan.grid.methods) == "uniform"
 
 
 def test_comparisons_are_paired_by_seed(tmp_path, plan):
