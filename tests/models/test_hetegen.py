@@ -13,7 +13,7 @@ from hetegen_rec.config.schema import Schema
 from hetegen_rec.data.cursor import Cursor, Served
 from hetegen_rec.models.balancing import FORMS
 from hetegen_rec.models.corruption import LABEL_MASK_ID, Corrupted, Diffusion
-from hetegen_rec.models.hetegen import build_model
+from hetegen_rec.models.hetegen import _is_one_in, build_model
 from hetegen_rec.models.reconstruction import RowLosses
 
 STAGES = get_args(Stage)
@@ -321,14 +321,11 @@ def test_a_pretrained_model_scores_by_its_label_element():
 
 
 def test_probes_come_once_in_so_many_steps():
-    network = make_model(
-        log(), "pretrain", model_config(balance={"form": "aligned", "probe_every": 10})
-    ).network
     batch = log().batch(0, 1)
     probes = 0
     for step in range(2000):
         batch.cursor = Cursor(0, (Served(1, step * 64),))
-        probes += network._is_probe_step(batch)
+        probes += _is_one_in(10, batch)
     assert probes == pytest.approx(200, abs=50)
 
 
