@@ -213,6 +213,23 @@ def test_the_command_goes_on_until_all_is_done_and_then_does_nothing(tmp_path, s
     assert "0 of 3 runs left" in capsys.readouterr().out
 
 
+def test_real_models_are_trained_scored_in_two_ways_and_compared(tmp_path, capfd):
+    one = {**grid_values(tmp_path)["data_sets"]["ads"], "search": {"only": {}}}
+    data_sets = {"ads": {**one, "epochs": {"total": 2, "pretrain": 1}}}
+    strategy = {"title": "Regenerated", "of": "uniform", "evaluate": {"inference.strategy": "symmetric"}}
+    methods = {"uniform": METHODS["uniform"], "symmetric": strategy}
+    load(tmp_path, data_sets=data_sets, methods=methods, seeds=1, baseline="uniform")
+    out = tmp_path / "out"
+    status = evidence.main([str(tmp_path / "grid.yaml"), "--out", str(out), "--jobs", "1"])
+    assert status == 0, capfd.readouterr()
+    plain, regenerated = Ledger(out).done.values()
+    assert plain.train_seconds == regenerated.train_seconds
+    assert regenerated.value("test", "inference", "passes_per_row") > 1.0
+    assert plain.value("test", "auc") != regenerated.value("test", "auc")
+    assert "## Test-time strategies" in (out / "evidence.md").read_text()
+    assert not list((out / "runs").rglob("report.html"))
+
+
 def test_a_wrong_grid_ends_with_one_line(tmp_path, capsys):
     assert evidence.main([str(tmp_path / "nothing.yaml")]) == 2
     assert capsys.readouterr().err.startswith(f"error: {tmp_path}/nothing.yaml: cannot be read")
