@@ -23,9 +23,9 @@ _SETTINGS: dict[ObjectiveName, tuple[str, ...]] = {
 class ObjectiveConfig(Section):
     """The objective of `pretrain`, and of the generative half of `joint` (docs/method.md section 13).
 
-    All but `diffusion` leave the label out of the set and read nothing of `model.noise`; those of MAP read
-    of `model.reconstruction` the temperature only. These sections may stay as they are, so that one file can
-    describe a comparison.
+    All but `diffusion` leave the label out of the set and read nothing of `model.noise`, those of MAP nothing
+    of `model.reconstruction` either. These sections may stay as they are, so that one file can describe a
+    comparison.
     """
 
     name: ObjectiveName = "diffusion"

@@ -173,59 +173,53 @@ def _bag_cross_entropy(logits: Tensor, batch: Batch, name: str) -> Tensor:
     return -zeros.index_add(0, rows, log_p) / count.clamp(min=1.0)
 
 
-class CosineHead(nn.Module):
+class MatchingHead(nn.Module):
     """Compares hidden vectors with looked-up rows of the same field, all fields at once.
 
-    A logit is the cosine of a row with a projection of the hidden vector, over a learnt temperature of the
-    field. Of a sequence one noised item a row is predicted, chosen at random: an unbiased sample of the
-    mean over them that keeps the cost that of one token.
+    Each field has a projection of its own for the hidden vector. A sequence predicts one of its noised items
+    a row, chosen at random: an unbiased sample of the mean over them that keeps the cost that of one token.
     """
 
-    def __init__(self, schema: Schema, names: list[str], dim: int, temperature: float) -> None:
+    def __init__(self, schema: Schema, names: list[str], dim: int) -> None:
         super().__init__()
         self.names = names
         self.spans = [schema.span(name) for name in names]
         self.query = nn.Parameter(torch.eye(dim).repeat(len(names), 1, 1))
-        initial = math.log(temperature)
-        self.log_temperature = nn.Parameter(torch.full((len(names),), initial))
 
     def picked_tokens(self, batch: Batch, corrupted: Corrupted, noise: RowNoise) -> Tensor:
         """[B, F]: the token of every field that is predicted, or stands for it where there is no target."""
         picks = [_pick(span, corrupted.is_target, batch.ids, noise) for span in self.spans]
         return torch.stack(picks, dim=1)
 
-    def compared(self, hidden: Tensor, clean: Tensor, picks: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries and keys [F, B, D] at tokens [B, F]; the product of two is a logit."""
-        query = functional.normalize((_at(hidden, picks) @ self.query).float(), dim=-1)
-        keys = functional.normalize(_at(clean, picks).float(), dim=-1)
-        return query / self.temperature()[:, None, None], keys
-
-    def temperature(self) -> Tensor:
-        """[F]: temperatures with a floor, which passes gradients on, or none could leave it again."""
-        free = self.log_temperature.exp()
-        return free + (free.clamp(min=_MIN_TEMPERATURE) - free).detach()
+    def matched(self, hidden: Tensor, clean: Tensor, picks: Tensor) -> tuple[Tensor, Tensor]:
+        """Projected hidden vectors and clean looked-up ones, both [F, B, D], at tokens [B, F]."""
+        return (_at(hidden, picks) @ self.query).float(), _at(clean, picks).float()
 
 
-class SampledSoftmax(CosineHead):
+class SampledSoftmax(MatchingHead):
     """In-batch softmax of each large field and sequence.
 
     Candidates are the clean looked-up rows of the same field in this rank's batch, so there is no
-    second lookup and the cost does not grow with the vocabulary. Logits are corrected by the log frequency
-    with which in-batch sampling draws a candidate (logQ; Yi et al., RecSys 2019); candidates equal to the
-    target are no negatives. Without the temperature the cross-entropy would be bounded below by
-    log(1 + (K - 1) e^-2).
+    second lookup and the cost does not grow with the vocabulary. Logits are cosines with a learnt
+    temperature, corrected by the log frequency with which in-batch sampling draws a candidate
+    (logQ; Yi et al., RecSys 2019); candidates equal to the target are no negatives. Without the
+    temperature the cross-entropy would be bounded below by log(1 + (K - 1) e^-2).
     """
 
     def __init__(self, schema: Schema, names: list[str], dim: int, config: ReconstructionConfig) -> None:
-        super().__init__(schema, names, dim, config.temperature)
+        super().__init__(schema, names, dim)
         self.num_candidates = config.num_candidates
+        initial = math.log(config.temperature)
+        self.log_temperature = nn.Parameter(torch.full((len(names),), initial))
 
     def forward(
         self, hidden: Tensor, clean: Tensor, batch: Batch, corrupted: Corrupted, noise: RowNoise
     ) -> RowLosses:
         """hidden [B, T + 1, D], clean looked-up tokens [B, T, D] -> losses of these fields."""
         picks = self.picked_tokens(batch, corrupted, noise)  # [B, F]
-        query, keys = self.compared(hidden, clean, picks)  # [F, B, D]
+        query, keys = self.matched(hidden, clean, picks)  # [F, B, D]
+        query = functional.normalize(query, dim=-1) / self.temperature()[:, None, None]
+        keys = functional.normalize(keys, dim=-1)
         ids = batch.ids.gather(1, picks).T  # [F, B]
         log_q = batch.log_prior.gather(1, picks).T
         is_target = corrupted.is_target.gather(1, picks)
@@ -245,6 +239,11 @@ class SampledSoftmax(CosineHead):
         column = self.names.index(name)
         query = functional.normalize((hidden @ self.query[column]).float(), dim=-1)
         return query / self.temperature()[column]
+
+    def temperature(self) -> Tensor:
+        """[F]: temperatures with a floor, which passes gradients on, or none could leave it again."""
+        free = self.log_temperature.exp()
+        return free + (free.clamp(min=_MIN_TEMPERATURE) - free).detach()
 
 
 def _pick(span: tuple[int, int], is_target: Tensor, ids: Tensor, noise: RowNoise) -> Tensor:

@@ -170,8 +170,7 @@ def slow_contrast(case, index, places):
         query = case.hidden[b, place] @ head.query[index]
 
         def score(row, query=query):
-            cosine = functional.cosine_similarity(query, case.clean[row, places[row]], dim=0)
-            return cosine / head.log_temperature[index].exp() + head.bias[index]
+            return query @ case.clean[row, places[row]] + head.bias[index]
 
         block = drawn[b // head.num_negatives].tolist()
         draws = [row for row in block if row != b and ids[row, places[row]] >= NUM_RESERVED_IDS]
@@ -189,8 +188,7 @@ def test_noise_contrast_equals_the_reference(num_negatives):
     batch.ids[[3, 50, 63]] = -1
     case = Case("masked_features", batch, share=0.5, num_negatives=num_negatives)
     case.heads.bias.uniform_(-1, 1)
-    case.heads.query.normal_()
-    case.heads.log_temperature.fill_(math.log(0.5))
+    case.heads.query.normal_(std=0.1)
     losses = case.losses()
     picks = case.heads.picked_tokens(batch, case.corrupted, case.noise)
     assert case.heads.fields == list(SCHEMA.field_names)
@@ -206,7 +204,7 @@ def test_a_model_that_knows_the_frequencies_alone_is_at_the_chance_of_noise_cont
     batch = log().batch()
     batch.ids.clamp_(min=NUM_RESERVED_IDS)
     case = Case("masked_features", batch, num_negatives=10)
-    case.heads.log_temperature.fill_(30.0)
+    case.heads.query.zero_()
     losses = case.losses()
     expected = math.log(11) + 10 * math.log(1.1)
     torch.testing.assert_close(losses.chance, torch.full_like(losses.chance, expected))

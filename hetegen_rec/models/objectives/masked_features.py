@@ -12,7 +12,7 @@ from hetegen_rec.config.schema import NUM_RESERVED_IDS, Schema
 from hetegen_rec.data.batch import Batch
 from hetegen_rec.data.statistics import Statistics
 from hetegen_rec.models.corruption import Corrupted, Masking, RowNoise, choose_share
-from hetegen_rec.models.reconstruction import CosineHead, Heads, RowLosses, split_fields
+from hetegen_rec.models.reconstruction import Heads, MatchingHead, RowLosses, split_fields
 
 
 class ShareMasking(Masking):
@@ -30,18 +30,19 @@ class ShareMasking(Masking):
         )
 
 
-class NoiseContrast(CosineHead, Heads):
+class NoiseContrast(MatchingHead, Heads):
     """Tells the value of a masked cell from values drawn from its field's training frequencies.
 
     The draws are the looked-up vectors of the same field in other rows of this rank's batch. A model
-    `log p(x | row) = cos / tau + b_f + log p_f(x)`, which at first knows the frequencies alone, against K
-    draws from p_f gives log odds of `cos / tau + b_f - log K` that x is the true value (Gutmann and
-    Hyvarinen, AISTATS 2010): p_f cancels. A draw may equal the true value, as the estimate asks for.
+    `log p(x | row) = q . e_x + b_f + log p_f(x)`, which at first knows little but the frequencies, against K
+    draws from p_f gives log odds of `q . e_x + b_f - log K` that x is the true value (Gutmann and Hyvarinen,
+    AISTATS 2010): p_f cancels. A draw may equal the true value, as the estimate asks for. Products are not
+    normalised: with a sharp temperature every draw would at first be told apart with false confidence.
     """
 
     def __init__(self, schema: Schema, statistics: Statistics, model: ModelConfig) -> None:
         full, sampled = split_fields(schema, statistics, model)
-        super().__init__(schema, [*full, *sampled], model.dim, model.reconstruction.temperature)
+        super().__init__(schema, [*full, *sampled], model.dim)
         self.fields = self.names
         self.bias = nn.Parameter(torch.zeros(len(self.names)))
         self.num_negatives = model.objective.num_negatives
@@ -51,7 +52,7 @@ class NoiseContrast(CosineHead, Heads):
     ) -> RowLosses:
         """Losses [B, F]; a cell that no other row has a known value for is no target."""
         picks = self.picked_tokens(batch, corrupted, noise)  # [B, F]
-        query, keys = self.compared(hidden, clean, picks)  # [F, B, D]
+        query, keys = self.matched(hidden, clean, picks)  # [F, B, D]
         is_known = (batch.ids.gather(1, picks) >= NUM_RESERVED_IDS).T  # [F, B]
         drawn = drawn_rows(noise.is_padding, self.num_negatives)  # [N, K]
         usable = _of_draws(is_known, drawn) & ~_is_own(drawn, len(picks))  # [F, B, K]
