@@ -7,8 +7,9 @@ has at least 1 - 1/e of the best weight.
 
 Derived: the reservoir of a period is what the model before was trained on last, replayed rows included, so
 nothing older has to be kept and an id may stay covered from period to period; the greedy choice is the lazy
-one (Minoux 1978), which picks the same rows; where all stale ids are covered before L rows are chosen,
-covering begins anew with the rows that are left; of rows that cover as much, the later one is taken.
+one (Minoux 1978), which picks the same rows; where all stale ids are covered before L rows are chosen, the
+other rows are taken one by one for the id that the choice holds the least often; of equal rows the later one
+is taken.
 """
 
 import heapq
@@ -51,7 +52,16 @@ class StaleRows:
     starts: NDArray[np.int64]
     """[R + 1] where the ids of each row begin."""
     ids: NDArray[np.int64]
-    """[N] stale ids, numbered through over all tables; in a row each once."""
+    """[N] stale ids, numbered through over all tables; in a row each once, and at least one."""
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """[R] stale ids of each row."""
+        return np.diff(self.starts)
+
+    def ids_of(self, place: int) -> NDArray[np.int64]:
+        """The stale ids of one row."""
+        return self.ids[self.starts[place] : self.starts[place + 1]]
 
 
 @dataclass(frozen=True)
@@ -215,7 +225,7 @@ def weights(staleness: NDArray[np.uint16], weight: StalenessWeight, bias: float)
 
 
 def choose_rows(stale: StaleRows, worth: NDArray[np.float64], num_rows: int) -> NDArray[np.int64]:
-    """Greedy maximum weighted coverage.
+    """Greedy maximum weighted coverage, then equal shares.
 
     Args:
         stale: the rows to choose from.
@@ -225,43 +235,71 @@ def choose_rows(stale: StaleRows, worth: NDArray[np.float64], num_rows: int) -> 
     Returns:
         Places in `stale.rows`, in the order in which they were chosen.
     """
-    total = len(stale.rows)
-    if total <= num_rows:
-        return np.arange(total)
-    left = np.ones(total, bool)
-    chosen: list[int] = []
-    while len(chosen) < num_rows:
-        cover = _cover(stale, worth, np.flatnonzero(left), num_rows - len(chosen))
-        left[cover] = False
-        chosen += cover
-    return np.array(chosen, np.int64)
+    if len(stale.rows) <= num_rows:
+        return np.arange(len(stale.rows))
+    chosen = _cover(stale, worth, num_rows)
+    return np.array(chosen + _fill(stale, worth, chosen, num_rows - len(chosen)), np.int64)
 
 
-def _cover(
-    stale: StaleRows, worth: NDArray[np.float64], places: NDArray[np.int64], num_rows: int
-) -> list[int]:
-    """Places that cover one after the other the most of what is not covered yet, until nothing is left to."""
+def _cover(stale: StaleRows, worth: NDArray[np.float64], num_rows: int) -> list[int]:
+    """Places that cover one after the other the most of what is not covered yet, until all is."""
     uncovered = worth.copy()
-
-    def gain(place: int) -> float:
-        return float(uncovered[stale.ids[stale.starts[place] : stale.starts[place + 1]]].sum())
-
     # Gains only fall, so a row whose gain, counted anew, is still the greatest is the one.
-    heap = [(-gain(place), -place) for place in places.tolist()]
+    heap = [(-gain, -place) for place, gain in enumerate(_weights_of(stale, worth).tolist())]
     heapq.heapify(heap)
     cover: list[int] = []
     while heap and len(cover) < num_rows:
-        place = -heap[0][1]
-        now = (-gain(place), -place)
+        ids = stale.ids_of(-heap[0][1])
+        now = (-float(uncovered[ids].sum()), heap[0][1])
         if not now[0]:
             heapq.heappop(heap)
-        elif now == heap[0]:
-            heapq.heappop(heap)
-            cover.append(place)
-            uncovered[stale.ids[stale.starts[place] : stale.starts[place + 1]]] = 0.0
-        else:
+        elif now[0] > heap[0][0]:
             heapq.heapreplace(heap, now)
+        else:
+            heapq.heappop(heap)
+            cover.append(-now[1])
+            uncovered[ids] = 0.0
     return cover
+
+
+def _fill(stale: StaleRows, worth: NDArray[np.float64], chosen: list[int], num_rows: int) -> list[int]:
+    """More places: each holds the id that the choice holds the least often, and the most weight beside."""
+    is_chosen = np.zeros(len(stale.rows), bool)
+    is_chosen[chosen] = True
+    held = np.bincount(stale.ids[np.repeat(is_chosen, stale.lengths)], minlength=len(worth))
+    queues = _rows_by_id(stale, worth)
+    heap = [(int(held[one]), -float(worth[one]), one) for one in queues]
+    heapq.heapify(heap)
+    more: list[int] = []
+    while heap and len(more) < num_rows:
+        times, weight, one = heap[0]
+        queue = queues[one]
+        while queue and is_chosen[queue[-1]]:
+            queue.pop()
+        if not queue:
+            heapq.heappop(heap)
+        elif times < held[one]:  # other ids' rows hold it too
+            heapq.heapreplace(heap, (int(held[one]), weight, one))
+        else:
+            more.append(queue.pop())
+            is_chosen[more[-1]] = True
+            held[stale.ids_of(more[-1])] += 1
+    return more
+
+
+def _rows_by_id(stale: StaleRows, worth: NDArray[np.float64]) -> dict[int, list[int]]:
+    """By id, the places of the rows that hold it; those of the most weight, and of them the later, last."""
+    places = np.repeat(np.arange(len(stale.rows)), stale.lengths)
+    order = np.lexsort((places, _weights_of(stale, worth)[places], stale.ids))
+    ids, firsts = np.unique(stale.ids[order], return_index=True)
+    parts = np.split(places[order], firsts[1:])
+    return {one: part.tolist() for one, part in zip(ids.tolist(), parts, strict=True)}
+
+
+def _weights_of(stale: StaleRows, worth: NDArray[np.float64]) -> NDArray[np.float64]:
+    """[R] the weight of all stale ids of each row."""
+    weights: NDArray[np.float64] = np.add.reduceat(worth[stale.ids], stale.starts[:-1])
+    return weights
 
 
 def _flat(staleness: Staleness) -> NDArray[np.uint16]:
@@ -283,7 +321,7 @@ def _over_ranks(seen: Seen, workers: Workers) -> Seen:
 
 
 def _summarise(stale: StaleRows, chosen: NDArray[np.int64], candidates: int) -> ReplaySummary:
-    covered = [stale.ids[stale.starts[place] : stale.starts[place + 1]] for place in chosen]
+    covered = [stale.ids_of(place) for place in chosen]
     return ReplaySummary(
         candidates=candidates,
         with_stale_ids=len(stale.rows),

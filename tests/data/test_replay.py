@@ -1,5 +1,6 @@
 """Rows with stale ids are found, chosen and copied."""
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -45,11 +46,15 @@ def test_an_id_that_went_lately_is_worth_more() -> None:
     [
         ([[0], [1, 2], [3]], 1, [1]),
         ([[0, 1], [1, 2, 3], [0]], 2, [1, 2]),  # 0 covers as little anew as 2 does, and is older
-        ([[0, 1], [0], [1], [0, 1]], 3, [3, 0, 2]),  # all covered by the first: covering begins anew
+        (
+            [[0, 1], [0], [1], [1]],
+            3,
+            [0, 1, 3],
+        ),  # all covered by the first; then as often each, later rows first
         ([[0], [1]], 5, [0, 1]),
         ([], 5, []),
     ],
-    ids=["most ids", "what is covered counts no more", "anew", "fewer than wanted", "none"],
+    ids=["most ids", "what is covered counts no more", "equal shares", "fewer than wanted", "none"],
 )
 def test_rows_are_chosen_for_what_they_cover(
     rows: list[list[int]], num_rows: int, expected: list[int]
@@ -62,20 +67,29 @@ def test_rows_are_chosen_for_what_they_cover(
     st.lists(st.sampled_from([0.25, 0.5, 1.0, 2.0]), min_size=10, max_size=10),
     st.integers(1, 12),
 )
-def test_the_lazy_choice_is_the_greedy_one(rows: list[list[int]], worth: list[float], num_rows: int) -> None:
+def test_the_lazy_choice_is_greedy_and_then_equal(
+    rows: list[list[int]], worth: list[float], num_rows: int
+) -> None:
     chosen = choose_rows(stale_rows(*rows), np.array(worth), num_rows).tolist()
     assert len(set(chosen)) == len(chosen) == min(num_rows, len(rows))
     if len(rows) <= num_rows:
         return
-    left, covered = list(range(len(rows))), set()
+    left, held = list(range(len(rows))), Counter()
     for place in chosen:
-        gains = [sum(worth[one] for one in rows[other] if one not in covered) for other in left]
-        if max(gains) == 0:
-            covered = set()
-            gains = [sum(worth[one] for one in rows[other]) for other in left]
-        assert sum(worth[one] for one in rows[place] if one not in covered) == max(gains)
+        gains = {other: sum(worth[one] for one in rows[other] if not held[one]) for other in left}
+        if max(gains.values()):
+            assert gains[place] == max(gains.values())
+        else:
+            least = min(held[one] for other in left for one in rows[other])
+            assert min(held[one] for one in rows[place]) == least
         left.remove(place)
-        covered |= set(rows[place])
+        held.update(rows[place])
+
+
+def test_many_rows_of_one_id_are_chosen_in_no_time() -> None:
+    rows = 50_000  # by looking at all rows for each of them it would be hours
+    stale = StaleRows(np.arange(rows), np.arange(rows + 1), np.zeros(rows, np.int64))
+    assert choose_rows(stale, np.ones(1), rows - 1).tolist() == [rows - 1, *range(rows - 2, 0, -1)]
 
 
 @pytest.fixture
