@@ -115,7 +115,12 @@ def test_newer_raw_files_are_noticed(tmp_path: Path) -> None:
         (np.arange(NUM_ROWS) % 3, {}, DataError, "too few different times"),
         (np.arange(NUM_ROWS), {"period_length": 150}, ConfigError, "into 2 period"),
         (np.arange(NUM_ROWS) * 1000, {"period_length": 2}, ConfigError, "unit of the timestamp column"),
-        (np.arange(NUM_ROWS) ** 4, {"period_length": 50_000_000}, DataError, "period 4 of 32.* has no late rows"),
+        (
+            np.arange(NUM_ROWS) ** 4,
+            {"period_length": 50_000_000},
+            DataError,
+            "period 4 of 32.* has no late rows",
+        ),
     ],
     ids=["few times", "one period", "wrong unit", "a gap"],
 )
@@ -142,3 +147,14 @@ def test_a_schema_without_a_timestamp_is_refused(tmp_path: Path) -> None:
     write_log(tmp_path)
     with pytest.raises(ConfigError, match=r"features\.timestamp"):
         cut(timed_config(tmp_path, FEATURES), tmp_path / "periods")
+
+
+def test_row_groups_that_cannot_be_used_are_left_out_if_wanted(tmp_path: Path) -> None:
+    log = write_log(tmp_path)
+    at = pa.array([*range(1000, 1200, 10), None, *range(1210, 2600, 10)])
+    broken = log.slice(0, 160).set_column(log.column_names.index("at"), "at", at)
+    pq.write_table(broken, tmp_path / "train" / "part.parquet", row_group_size=16)
+    config = timed_config(tmp_path, periods=4)
+    data = config.data.model_copy(update={"on_bad_shard": "skip"})
+    found = cut(config.model_copy(update={"data": data}), tmp_path / "periods")
+    assert sum(one.num_rows for one in found.periods) == NUM_ROWS - 16
