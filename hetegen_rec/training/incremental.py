@@ -71,7 +71,6 @@ class ModelSequence:
             config: the run.
             runtime: this process's view of the job.
             periods: the log, cut.
-
         """
         self.stage: IncrementalStage = config.incremental.stage
         self.results = SequenceResults(
