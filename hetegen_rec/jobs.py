@@ -2,7 +2,7 @@
 
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,12 +20,18 @@ from hetegen_rec.evaluation.incremental import results_table as incremental_tabl
 from hetegen_rec.evaluation.incremental import write_page
 from hetegen_rec.evaluation.predictions import Predictions
 from hetegen_rec.evaluation.report import write_report
-from hetegen_rec.evaluation.results import read_evaluation, write_evaluation
+from hetegen_rec.evaluation.results import (
+    FieldReconstruction,
+    StageEvaluation,
+    read_evaluation,
+    write_evaluation,
+)
 from hetegen_rec.evaluation.tables import results_tables
 from hetegen_rec.inference.scorer import Scorer
 from hetegen_rec.locks import directory_lock
 from hetegen_rec.training import stages
 from hetegen_rec.training.checkpoint import CheckpointInfo
+from hetegen_rec.training.held_out import measure_reconstruction
 from hetegen_rec.training.incremental import open_sequence, sequence_dir
 from hetegen_rec.training.progress import RowsProgress
 from hetegen_rec.training.scoring import (
@@ -40,6 +46,7 @@ from hetegen_rec.training.setup import ShardedModel, build_sharded, open_encoded
 logger = logging.getLogger(__name__)
 
 _CLICK_STAGES: tuple[Stage, ...] = ("finetune", "joint", "scratch")
+_GENERATIVE_STAGES: tuple[Stage, ...] = ("pretrain", "joint")
 
 
 @dataclass(frozen=True)
@@ -51,7 +58,7 @@ class Job:
     stage: Stage | None = None
     """The trained stage to evaluate or predict with; default: the first trained click stage."""
     checkpoint: str | None = None
-    """A checkpoint's directory; default: the stage's best, or its newest."""
+    """A checkpoint's directory; default: the stage's best, or its newest; of `pretrain` its newest."""
     split: Split = "test"
     """The split to predict, where `inputs` names no files."""
     inputs: Sequence[str] = ()
@@ -72,7 +79,7 @@ def prepare_data(job: Job) -> None:
 
 
 def train(stage: Stage) -> Callable[[Job], None]:
-    """The verb that trains one stage and, where it scores clicks, evaluates it."""
+    """The verb that trains one stage and evaluates what it is for: clicks, reconstruction, or both."""
 
     def verb(job: Job) -> None:
         if _train(job, stage):
@@ -83,7 +90,7 @@ def train(stage: Stage) -> Callable[[Job], None]:
 
 def evaluate(job: Job) -> None:
     """Scores the validation and test rows with one stage's best checkpoint; writes and shows it."""
-    _evaluate(job)
+    _evaluate(job, job.config.splits())
     _show_results(job)
 
 
@@ -146,8 +153,9 @@ def _train(job: Job, stage: Stage) -> bool:
         )
         if not finished:
             return False
-        if stage in _CLICK_STAGES and not _is_evaluated(job, stage):
-            _evaluate(replace(job, stage=stage, checkpoint=None))
+        if not _is_evaluated(job, stage):
+            scored = job.config.splits() if stage in _CLICK_STAGES else ()
+            _evaluate(replace(job, stage=stage, checkpoint=None), scored)
         return True
 
 
@@ -166,11 +174,12 @@ def _is_evaluated(job: Job, stage: Stage) -> bool:
     return job.runtime.broadcast(read_evaluation(job.config.stage_dir(stage)) is not None)
 
 
-def _evaluate(job: Job) -> None:
+def _evaluate(job: Job, scored: Iterable[Split]) -> None:
+    """Scores splits, and has a generative stage reconstruct the validation rows."""
     trained = _load_trained(job)
     results: dict[str, dict[str, Any]] = {}
     temperature = None
-    for split in job.config.splits():
+    for split in scored:
         if split == "train":
             continue
         predictions = trained.score_split(split)
@@ -179,17 +188,17 @@ def _evaluate(job: Job) -> None:
         if split == "valid":
             temperature = results[split]["temperature"]
         write_predictions(predictions, trained.directory / "predictions" / split, job.runtime)
+    evaluation: StageEvaluation = {
+        "run": job.config.name,
+        "stage": trained.stage,
+        "checkpoint": trained.checkpoint.location,
+        "step": trained.checkpoint.step,
+        "splits": results,
+    }
+    if trained.stage in _GENERATIVE_STAGES:
+        evaluation["reconstruction"] = {"valid": trained.reconstruct("valid")}
     if job.runtime.is_main:
-        write_evaluation(
-            trained.directory,
-            {
-                "run": job.config.name,
-                "stage": trained.stage,
-                "checkpoint": trained.checkpoint.location,
-                "step": trained.checkpoint.step,
-                "splits": results,
-            },
-        )
+        write_evaluation(trained.directory, evaluation)
 
 
 def _show_results(job: Job) -> None:
@@ -227,6 +236,11 @@ class Trained:
         """This rank's share of a split, scored."""
         return self.score(open_split(self.config, split, self.statistics, self.runtime))
 
+    def reconstruct(self, split: Split) -> dict[str, FieldReconstruction]:
+        """How well the noised cells of a split are predicted, by field. A collective."""
+        reader = open_split(self.config, split, self.statistics, self.runtime)
+        return measure_reconstruction(self.model, reader, self.config.features, self.runtime)
+
     def account(self) -> dict[str, Any]:
         """How the rows since the last account were scored, and at what cost. A collective."""
         if self.scorer is None:
@@ -239,7 +253,10 @@ def _load_trained(job: Job) -> Trained:
     stage = job.stage or _first_trained(config)
     statistics = stages.prepare_data(config, runtime)
     checkpoints = stages.open_checkpoints(config, stage, statistics, runtime)
-    chosen = checkpoints.check(job.checkpoint) if job.checkpoint else checkpoints.best()
+    if job.checkpoint:
+        chosen: CheckpointInfo | None = checkpoints.check(job.checkpoint)
+    else:  # fine-tuning goes on from the newest of pre-training
+        chosen = checkpoints.latest() if stage == "pretrain" else checkpoints.best()
     if chosen is None:
         raise ConfigError(
             f"{checkpoints.store.location} holds no checkpoint; train that stage first: `hetegen {stage}`"

@@ -170,6 +170,29 @@ def final_field_losses(stage: StageRecord) -> Figure | None:
     return figure
 
 
+def gradient_shares(stage: StageRecord) -> Figure | None:
+    """Bars of each field's share of the gradient norm, mean over training, largest on top."""
+    series = {name: stage.field_series(name, "gradient_share") for name in stage.field_names}
+    means = {name: float(one.y.mean()) for name, one in series.items() if one}
+    if not means:
+        return None
+    ordered = sorted(means, key=lambda name: means[name])
+    colors = _field_colors(stage.field_names)
+    with _canvas(height=max(_SIZE[1], 0.24 * len(ordered) + 0.9)) as (figure, axes):
+        values = [means[name] for name in ordered]
+        axes.barh(range(len(ordered)), values, color=[colors.get(n, "#aab0bb") for n in ordered], height=0.68)
+        axes.set_yticks(range(len(ordered)), [_short(name) for name in ordered])
+        for place, value in enumerate(values):
+            _label_bar(axes, value, place, f"{100 * value:.1f} %")
+        axes.axvline(1.0 / len(ordered), color=_MUTED, linewidth=1, linestyle=(0, (4, 3)))
+        axes.set_xlim(0, 1.18 * max(values))
+        axes.set_ylim(-0.6, len(ordered) - 0.4)
+        axes.grid(axis="y", visible=False)
+        axes.tick_params(axis="y", length=0, labelcolor=_INK)
+        axes.set_xlabel("share of the gradient norm, mean over training (dashed: even)")
+    return figure
+
+
 def _label_bar(axes: Axes, x: float, y: float, text: str) -> None:
     """A number behind the end of a bar, legible on top of lines."""
     paper = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}

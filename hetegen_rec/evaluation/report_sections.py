@@ -10,9 +10,23 @@ from matplotlib.figure import Figure
 
 from hetegen_rec.evaluation import plots
 from hetegen_rec.evaluation import report_words as words
-from hetegen_rec.evaluation.results import BASE_STAGE, STAGE_TITLES, Comparison, strategy_note
+from hetegen_rec.evaluation.results import (
+    BASE_STAGE,
+    STAGE_TITLES,
+    Comparison,
+    FieldReconstruction,
+    strategy_note,
+)
 from hetegen_rec.evaluation.run_record import RunRecord, StageRecord
-from hetegen_rec.evaluation.tables import interval_text, number, percent
+from hetegen_rec.evaluation.tables import (
+    RECONSTRUCTION_COLUMNS,
+    RECONSTRUCTION_NOTE,
+    candidates_mark,
+    interval_text,
+    number,
+    percent,
+    reconstruction_cells,
+)
 
 
 class PlotCard(NamedTuple):
@@ -184,13 +198,28 @@ def _fields(stage: StageRecord) -> Iterator[Section]:
             words.RELATIVE_LOSS,
         ),
         ("Reconstruction loss at the end", plots.final_field_losses(stage), words.final_loss_caption(stage)),
+        ("Share of the gradient", plots.gradient_shares(stage), words.gradient_caption(stage)),
     )
     title = "What was hard to reconstruct" + (", in the joint stage" if stage.name == "joint" else "")
     yield Section(
         title,
         words.fields(stage),
-        plots=cards,
+        "".join(_reconstruction_table(split, fields) for split, fields in stage.reconstruction.items()),
+        cards,
     )
+
+
+def _reconstruction_table(split: str, fields: Mapping[str, FieldReconstruction]) -> str:
+    levels = next((one["levels"] for one in fields.values() if one["levels"]), [])
+    heading = [f"Reconstruction of {split}", *RECONSTRUCTION_COLUMNS]
+    heading += [f"t {level['from']:.2f}-{level['to']:.2f}" for level in levels]
+    rows = []
+    for name, one in sorted(fields.items(), key=lambda item: -(item[1]["relative"] or 0.0)):
+        cells = [name + candidates_mark(one), *reconstruction_cells(one)]
+        cells += [number(level["cross_entropy"], 3) for level in one["levels"]]
+        rows.append(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>")
+    note = RECONSTRUCTION_NOTE + words.BY_NOISE_LEVEL * bool(levels)
+    return f'{_table(heading, rows)}<p class="small">{html.escape(note)}</p>'
 
 
 def _training(record: RunRecord) -> Iterator[Section]:

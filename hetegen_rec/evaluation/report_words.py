@@ -28,6 +28,10 @@ RELATIVE_LOSS = (
     "Cross-entropy of the masked cells over that of guessing. A line that leaves 1 early is a field that its "
     "neighbours explain; one that stays is noise or still to be learnt."
 )
+BY_NOISE_LEVEL = (
+    " The columns on the right are cross-entropies by noise level t, the share of the row that is masked: in "
+    "the first of them the rest of the row is there to help, in the last hardly anything is."
+)
 VALID_AUC = "Each dot is one evaluation; the ring marks the best, whose weights a click stage ends with."
 CLICK_LOSS = (
     "Thin lines: training; dots: log loss on valid. Dots that turn upward while the thin line falls show "
@@ -115,6 +119,20 @@ def weight_caption(stage: StageRecord) -> str:
     return (
         "How much of the generative loss each field gets; 1 is an even split. "
         f"{heaviest} ends with the most: {shares[heaviest]:.2f}, which is {100 * share:.0f} % of the budget."
+    )
+
+
+def gradient_caption(stage: StageRecord) -> str:
+    """What to see in the bars of gradient shares."""
+    shares = {name: stage.field_series(name, "gradient_share") for name in stage.field_names}
+    means = {name: float(one.y.mean()) for name, one in shares.items() if one}
+    if not means:
+        return "Shares of the gradient norm."
+    largest = max(means, key=lambda name: means[name])
+    return (
+        "Norm of the gradient of each field's relative loss on the last weight that all fields share, before "
+        f"weighting, as a share of their sum; mean over training. Dashed: an even share. {largest} has the "
+        f"most: {100 * means[largest]:.0f} %."
     )
 
 

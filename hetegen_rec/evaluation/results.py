@@ -5,7 +5,9 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict, get_args
+from typing import Any, get_args
+
+from typing_extensions import NotRequired, TypedDict
 
 from hetegen_rec.config.run import Stage
 from hetegen_rec.evaluation.errors import EvaluationError
@@ -26,6 +28,32 @@ STAGE_TITLES: dict[str, str] = {
 }
 
 
+LevelReconstruction = TypedDict(
+    "LevelReconstruction", {"from": float, "to": float, "targets": int, "cross_entropy": float | None}
+)
+"""Targets of rows in a range of the noise level t, and their mean cross-entropy in nats."""
+
+
+class FieldReconstruction(TypedDict):
+    """How well the noised cells of one field were predicted; None where nothing was."""
+
+    targets: int
+    among: str | None
+    """What the true value competes with: the `vocabulary`, in-batch `candidates`, or nothing (None)."""
+    cross_entropy: float | None
+    """Nats."""
+    chance: float | None
+    """Cross-entropy of a uniform guess."""
+    baseline: float | None
+    """Cross-entropy of a guess by the field's frequencies: its entropy, or for candidates `chance`."""
+    relative: float | None
+    """r, the cross-entropy relative to chance."""
+    top_1: float | None
+    """Share of the targets whose true value comes first; ties count against it."""
+    top_10: float | None
+    levels: list[LevelReconstruction]
+
+
 class StageEvaluation(TypedDict):
     """Content of evaluation.json."""
 
@@ -34,7 +62,9 @@ class StageEvaluation(TypedDict):
     checkpoint: str
     step: int
     splits: dict[str, dict[str, Any]]
-    """Results of `gather.evaluate_predictions` by split."""
+    """Results of `gather.evaluate_predictions` by split; none at the end of pre-training."""
+    reconstruction: NotRequired[dict[str, dict[str, FieldReconstruction]]]
+    """Of generative stages: results by split and field."""
 
 
 def write_evaluation(stage_dir: Path, evaluation: StageEvaluation) -> Path:
@@ -64,7 +94,7 @@ def read_evaluation(stage_dir: Path) -> StageEvaluation | None:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise EvaluationError(f"{path}: cannot be read: {error}; evaluate the stage again") from error
-    missing = [key for key in StageEvaluation.__annotations__ if key not in content]
+    missing = [key for key in sorted(StageEvaluation.__required_keys__) if key not in content]
     if missing:
         raise EvaluationError(f"{path}: lacks {', '.join(missing)}; evaluate the stage again")
     evaluation: StageEvaluation = content

@@ -12,7 +12,7 @@ import numpy as np
 import yaml
 
 from hetegen_rec.evaluation.counts import FloatArray
-from hetegen_rec.evaluation.results import STAGES, StageEvaluation, read_evaluation
+from hetegen_rec.evaluation.results import STAGES, FieldReconstruction, StageEvaluation, read_evaluation
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +88,11 @@ class StageRecord:
     def result(self, split: str) -> dict[str, Any] | None:
         """The final evaluation on one split."""
         return None if self.evaluation is None else self.evaluation["splits"].get(split)
+
+    @property
+    def reconstruction(self) -> dict[str, dict[str, FieldReconstruction]]:
+        """How well held-out rows were reconstructed, by split and field; empty if that was not measured."""
+        return {} if self.evaluation is None else self.evaluation.get("reconstruction", {})
 
     @property
     def samples_per_second(self) -> float | None:

@@ -11,6 +11,7 @@ from rich.text import Text
 from hetegen_rec.evaluation.results import (
     STAGE_TITLES,
     Comparison,
+    FieldReconstruction,
     StageEvaluation,
     compare_with_scratch,
     headline_split,
@@ -41,17 +42,59 @@ def interval_text(comparison: Comparison) -> str:
 def results_tables(run_dir: str | Path) -> RenderableType:
     """Everything that the evaluated stages of a run say, for printing."""
     evaluations = read_evaluations(Path(run_dir))
-    if not evaluations:
-        return Text("Nothing scores clicks yet: run finetune, joint or scratch.")
+    reconstructed = [
+        reconstruction_table(stage, split, fields)
+        for stage, evaluation in evaluations.items()
+        for split, fields in evaluation.get("reconstruction", {}).items()
+    ]
+    if not any(evaluation["splits"] for evaluation in evaluations.values()):
+        return Group(*reconstructed, Text("Nothing scores clicks yet: run finetune, joint or scratch."))
     split = headline_split(evaluations)
     comparisons = compare_with_scratch(Path(run_dir), evaluations, split)
-    tables: list[RenderableType] = [metrics_table(evaluations, split)]
+    tables: list[RenderableType] = [*reconstructed, metrics_table(evaluations, split)]
     slices = slices_table(evaluations, split)
     if slices.row_count:
         tables.append(slices)
     if comparisons:
         tables.append(comparison_table(comparisons))
     return Group(*tables)
+
+
+RECONSTRUCTION_COLUMNS = ("targets", "cross-entropy", "chance", "by frequency", "r", "top 1", "top 10")
+RECONSTRUCTION_NOTE = (
+    "Nats. r is cross-entropy over chance, by frequency: a guess that knows the field's frequencies alone. "
+    "* Of in-batch candidates, not of the vocabulary."
+)
+
+
+def reconstruction_table(stage: str, split: str, fields: Mapping[str, FieldReconstruction]) -> Table:
+    """One line a field: how well its noised cells were predicted."""
+    title = f"Reconstruction of {split}, {stage}"
+    table = Table(title=title, caption=RECONSTRUCTION_NOTE, title_justify="left", caption_justify="left")
+    table.add_column("field")
+    for heading in RECONSTRUCTION_COLUMNS:
+        table.add_column(heading, justify="right")
+    for name, one in fields.items():
+        table.add_row(name + candidates_mark(one), *reconstruction_cells(one))
+    return table
+
+
+def candidates_mark(one: FieldReconstruction) -> str:
+    """What follows the name of a field whose true value competes with in-batch candidates."""
+    return " *" if one["among"] == "candidates" else ""
+
+
+def reconstruction_cells(one: FieldReconstruction) -> list[str]:
+    """A field's results in the order of RECONSTRUCTION_COLUMNS."""
+    values = (
+        one["cross_entropy"],
+        one["chance"],
+        one["baseline"],
+        one["relative"],
+        one["top_1"],
+        one["top_10"],
+    )
+    return [f"{one['targets']:,}", *(number(value, 3) for value in values)]
 
 
 def metrics_table(evaluations: Mapping[str, StageEvaluation], split: str) -> Table:

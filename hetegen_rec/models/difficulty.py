@@ -13,6 +13,7 @@ Losses are reduced over all ranks before they arrive here, so every rank holds t
 """
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,14 @@ from hetegen_rec.config.run import BalanceConfig
 _MIN_CROSS_ENTROPY = 1e-3
 _MAX_AGAINST_BASELINE = 2.0
 """More than the 1 that `informative` counts at most, so that noise around 1 keeps its mean."""
+
+
+_Values = TypeVar("_Values", Tensor, float)
+
+
+def relative_loss(cross_entropy: _Values, chance: _Values) -> _Values:
+    """r = (l + 1e-3) / c."""
+    return (cross_entropy + _MIN_CROSS_ENTROPY) / chance
 
 
 @dataclass
@@ -56,8 +65,8 @@ class FieldLosses:
 
     @property
     def relative(self) -> Tensor:
-        """[F, K]: r = (l + 1e-3) / c, about 1 for an untrained model."""
-        return (self.cross_entropy + _MIN_CROSS_ENTROPY) / self.chance[:, None]
+        """[F, K]: r, about 1 for an untrained model."""
+        return relative_loss(self.cross_entropy, self.chance[:, None])
 
     @property
     def against_baseline(self) -> Tensor:

@@ -141,16 +141,7 @@ class HeteGenNetwork(ClickNetwork):
         """The balanced reconstruction of the noised rows, and its per-field losses."""
         if not self.is_generative:
             return {}, None
-        noise = RowNoise(batch, tokens.shape[1])
-        corrupted = self.corruption(tokens, batch, noise)
-        hidden = self.denoiser(
-            corrupted.tokens,
-            corrupted.label_ids,
-            corrupted.noise_level,
-            self.guidance(),
-            self._padding(present),
-        )
-        rows = self.reconstruction(hidden, tokens, batch, corrupted, noise)
+        hidden, corrupted, rows = self.reconstruct(tokens, present, batch)
         local, fields = self._reduce(rows, batch, corrupted)
         label = self._label_loss(hidden, batch, corrupted) if self.config.label_in_set else None
         for_form = self.difficulty.wants_probe and _is_one_in(self.config.balance.probe_every, batch)
@@ -165,6 +156,21 @@ class HeteGenNetwork(ClickNetwork):
         if label is not None:
             terms["label"] = label
         return terms, fields
+
+    def reconstruct(
+        self, tokens: Tensor, present: Tensor, batch: Batch
+    ) -> tuple[Tensor, Corrupted, RowLosses]:
+        """Corrupts clean tokens [B, T, D]; returns hidden vectors [B, T + 1, D], their source, and losses."""
+        noise = RowNoise(batch, tokens.shape[1])
+        corrupted = self.corruption(tokens, batch, noise)
+        hidden = self.denoiser(
+            corrupted.tokens,
+            corrupted.label_ids,
+            corrupted.noise_level,
+            self.guidance(),
+            self._padding(present),
+        )
+        return hidden, corrupted, self.reconstruction(hidden, tokens, batch, corrupted, noise)
 
     def _reduce(self, rows: RowLosses, batch: Batch, corrupted: Corrupted) -> tuple[Tensor, FieldLosses]:
         """This rank's share [F, K] of the global mean losses (with gradient), and their values.

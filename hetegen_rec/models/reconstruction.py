@@ -35,6 +35,9 @@ class RowLosses:
     baseline: Tensor
     """[F]: cross-entropy of a guess that knows how often, but not where: for a full softmax the entropy of
     the field's marginal distribution, for a sampled one log(1 + K)."""
+    rank: Tensor | None = None
+    """[B, F] int64: how many of the values it chooses from the head likes no less than the true one (of a
+    set of true values, than the best of them). None in training, and for heads that do not choose."""
 
     def cat(self, other: "RowLosses") -> "RowLosses":
         """The fields of both."""
@@ -43,6 +46,7 @@ class RowLosses:
             torch.cat([self.is_target, other.is_target], 1),
             torch.cat([self.chance, other.chance]),
             torch.cat([self.baseline, other.baseline]),
+            None if self.rank is None or other.rank is None else torch.cat([self.rank, other.rank], 1),
         )
 
 
@@ -138,11 +142,14 @@ class FullSoftmax(nn.Module):
     def forward(self, hidden: Tensor, batch: Batch, corrupted: Corrupted) -> RowLosses:
         """hidden [B, T + 1, D] -> losses of these fields."""
         targets = torch.stack([corrupted.is_target[:, p] for p in self.positions.values()], dim=1)
-        losses = []
+        losses, ranks = [], []
         for column, (name, position) in enumerate(self.positions.items()):
-            loss = self.cross_entropy(name, self.logits(name, hidden[:, position]), batch)
-            losses.append(torch.where(targets[:, column], loss, 0.0))
-        return RowLosses(torch.stack(losses, dim=1), targets, self.chance, self.baseline)
+            logits = self.logits(name, hidden[:, position])
+            losses.append(torch.where(targets[:, column], self.cross_entropy(name, logits, batch), 0.0))
+            if not self.training:
+                ranks.append(self.rank(name, logits, batch))
+        rank = torch.stack(ranks, dim=1) if ranks else None
+        return RowLosses(torch.stack(losses, dim=1), targets, self.chance, self.baseline, rank)
 
     def logits(self, name: str, hidden: Tensor) -> Tensor:
         """Hidden vectors [B, D] of one field's token -> [B, V] over its ids from 2 up."""
@@ -156,16 +163,28 @@ class FullSoftmax(nn.Module):
         classes = (batch.ids[:, self.positions[name]] - NUM_RESERVED_IDS).clamp(min=0)
         return functional.cross_entropy(logits, classes, reduction="none")
 
+    def rank(self, name: str, logits: Tensor, batch: Batch) -> Tensor:
+        """[B]: place of the true value, of a set that of the best, by logits [B, V]."""
+        classes = (batch.ids[:, self.positions[name]] - NUM_RESERVED_IDS).clamp(min=0)
+        is_true = functional.one_hot(classes, logits.shape[1]).bool()
+        if name in self.bags:
+            rows, values = _bag_values(batch, name)
+            is_true[rows[values >= 0], values[values >= 0]] = True
+        best = logits.masked_fill(~is_true, float("-inf")).amax(1, keepdim=True)
+        return ((logits >= best) & ~is_true).sum(1)
+
+
+def _bag_values(batch: Batch, name: str) -> tuple[Tensor, Tensor]:
+    """Row and class of every value of a bag; the class is negative where the value is reserved."""
+    bag = batch.kjt[name]
+    values = bag.values() - NUM_RESERVED_IDS
+    rows = torch.arange(batch.num_rows, device=values.device)
+    return torch.repeat_interleave(rows, bag.lengths().long(), output_size=values.shape[0]), values
+
 
 def _bag_cross_entropy(logits: Tensor, batch: Batch, name: str) -> Tensor:
     """Mean of -log p(value) over the known values of each row's bag, [B]."""
-    bag = batch.kjt[name]
-    values = bag.values() - NUM_RESERVED_IDS
-    rows = torch.repeat_interleave(
-        torch.arange(logits.shape[0], device=logits.device),
-        bag.lengths().long(),
-        output_size=values.shape[0],
-    )
+    rows, values = _bag_values(batch, name)
     known = (values >= 0).to(logits.dtype)
     log_p = logits.log_softmax(-1)[rows, values.clamp(min=0)] * known
     zeros = logits.new_zeros(logits.shape[0])
@@ -232,7 +251,8 @@ class SampledSoftmax(MatchingHead):
         logits = torch.cat([positive[..., None], negative], dim=-1)
         loss = torch.logsumexp(logits, -1) - positive  # [F, B]
         chance = torch.log1p(valid.sum(1).clamp(min=1).float())
-        return RowLosses(torch.where(is_target, loss.T, 0.0), is_target, chance, chance)
+        rank = None if self.training else (negative >= positive[..., None]).sum(-1).T
+        return RowLosses(torch.where(is_target, loss.T, 0.0), is_target, chance, chance, rank)
 
     def queries(self, name: str, hidden: Tensor) -> Tensor:
         """Hidden vectors [B, D] of one field -> [B, D], whose products with unit vectors are logits."""

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tiny_run import files_below, tiny_config, write_tiny
+from tiny_run import FIELDS, files_below, tiny_config, write_tiny
 
 from hetegen_rec.cli import main
 from hetegen_rec.config.run import RunConfig, Stage
@@ -59,7 +59,26 @@ def test_demo_leaves_scores_and_a_report(directory):
         evaluation = read_evaluation(directory / "run" / stage)
         assert set(evaluation["splits"]) == {"valid", "test"}
         assert evaluation["splits"]["test"]["n"] == 300
-    assert read_evaluation(directory / "run" / "pretrain") is None
+        assert "reconstruction" not in evaluation
+
+
+def test_pretraining_ends_with_the_reconstruction_of_held_out_rows(directory):
+    evaluation = read_evaluation(directory / "run" / "pretrain")
+    assert evaluation["splits"] == {}
+    fields = evaluation["reconstruction"]["valid"]
+    assert set(fields) == {field["name"] for field in FIELDS}
+    assert all(0 < one["targets"] <= 300 and one["cross_entropy"] > 0 for one in fields.values())
+    assert "Reconstruction of valid" in (directory / "run" / "report.html").read_text()
+
+
+def test_evaluating_pretraining_scores_clicks_too_and_finds_the_same_reconstruction(directory, tmp_path):
+    copy_of(directory, tmp_path, "pretrain")
+    before = read_evaluation(tmp_path / "run" / "pretrain")
+    options = ["--stage", "pretrain", "--no-report", f"run_dir={tmp_path / 'run'}"]
+    assert run("evaluate", directory, *options) == 0
+    after = read_evaluation(tmp_path / "run" / "pretrain")
+    assert after["reconstruction"] == before["reconstruction"]
+    assert set(after["splits"]) == {"valid", "test"}
 
 
 def test_second_demo_repeats_nothing(directory):
