@@ -33,9 +33,22 @@ COST = (
     "Means over seeds, on one core. Training time holds the evaluations during training; memory is that of "
     "the whole process, libraries included."
 )
+PREMISE = (
+    "Norm of the gradient of each field's relative loss on the last weights that all fields share, before "
+    "weighting, as a share of their sum: mean over the generative stage of seed 0, with uniform weights. "
+    "r is the loss over that of guessing, in the mean as well. Easier half: the fields with the lowest r. "
+    "Rank correlation of r and share: below zero, if the gradient is that of easy fields."
+)
+HELD_OUT = (
+    "Noised cells of valid, with the same noise for all, at the end of the generative stage; means over "
+    "fields and seeds. r: cross-entropy over that of guessing; over a guess by frequency: over that of one "
+    "that knows how often each value of the field is seen. Top 1 and top 10: share of the cells whose true "
+    "value is among the first, of the vocabulary or, with a sampled head, of the batch."
+)
 FIELDS = (
     "r is the loss of a field's masked cells over that of guessing, w its weight in the generative loss, "
-    "both at the end of the generative stage, seed 0. Hardest fields of the first method first."
+    "s its learnt difficulty; in the table at the end of the generative stage, in the plots over its "
+    "steps, both of seed 0. Hardest fields of the first method first."
 )
 FAILED = "They are tried again when the command is given again."
 

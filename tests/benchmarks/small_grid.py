@@ -44,7 +44,9 @@ def plan_of(directory: Path, **changes) -> Plan:
     return Plan(load(directory, **changes), directory / "out", directory)
 
 
-def record(run: Run, valid: float = 0.7, test: float = 0.7, status: str = "done", **more) -> Record:
+def record(
+    run: Run, valid: float = 0.7, test: float = 0.7, status: str = "done", directory: str = "runs", **more
+) -> Record:
     splits = {"valid": {"auc": valid}, "test": {"auc": test, **more}}
     return Record(
         run.id,
@@ -53,7 +55,7 @@ def record(run: Run, valid: float = 0.7, test: float = 0.7, status: str = "done"
         run.option,
         run.seed,
         status,
-        "runs",
+        directory,
         splits if status == "done" else {},
         dict.fromkeys(run.stages, 30.0),
         wall_seconds=40.0,
