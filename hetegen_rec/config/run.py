@@ -29,6 +29,7 @@ BalanceForm: TypeAlias = Literal[
     "literal",
     "difficulty",
     "informative",
+    "learnable",
     "progress",
     "aligned",
     "conditional",

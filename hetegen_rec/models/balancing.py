@@ -80,6 +80,43 @@ class Informative(Difficulty):
         return torch.exp(-self.difficulty) * level + self.difficulty
 
 
+class Learnable(Difficulty):
+    """`learnable`: w ~ r_f P(l_f < H_f), difficulty of what can be learnt at all. Derived.
+
+    P is the probability that the field's expected loss lies below the entropy H_f of its values, under the
+    normal law that a moving average of l_f / H_f follows. A field of noise stays at its entropy or above.
+    """
+
+    mean: Tensor
+    variance: Tensor
+
+    def __init__(self, num_fields: int, config: BalanceConfig) -> None:
+        super().__init__(num_fields, config)
+        self.register_buffer("mean", torch.ones(num_fields))
+        self.register_buffer("variance", torch.zeros(num_fields))
+
+    def raw_weights(self) -> Tensor:
+        """r P, with a floor for P: a field that was not seen to be learnable yet may still be."""
+        return torch.exp(self.scalars - self.scalars.max()) * self.probability()[:, None].clamp(min=_FLOOR)
+
+    def probability(self) -> Tensor:
+        """P [F]; 1/2 before the first step."""
+        rate = self.config.learning_rate
+        error = (self.variance * rate / (2.0 - rate)).sqrt()
+        margin = (1.0 - self.mean) / error.clamp(min=torch.finfo(error.dtype).tiny)
+        return torch.special.ndtr(margin)
+
+    @torch.no_grad()
+    def observe(self, losses: FieldLosses, probe: Probe | None) -> None:
+        """Moves the exponentially weighted mean and variance of u of the fields that had targets."""
+        rate = self.config.learning_rate
+        change = losses.over_bins(losses.against_baseline) - self.mean
+        variance = (1.0 - rate) * (self.variance + rate * change.square())
+        seen = losses.seen.any(1)
+        self.mean.copy_(torch.where(seen, self.mean + rate * change, self.mean))
+        self.variance.copy_(torch.where(seen, variance, self.variance))
+
+
 class Progress(Difficulty):
     """`progress`: w ~ how much a field's loss still falls (learning progress). Derived.
 
@@ -200,6 +237,7 @@ FORMS: dict[BalanceForm, type[Difficulty]] = {
     "literal": Literal,
     "difficulty": Exponential,
     "informative": Informative,
+    "learnable": Learnable,
     "progress": Progress,
     "aligned": Aligned,
     "conditional": Conditional,

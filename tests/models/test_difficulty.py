@@ -130,6 +130,45 @@ def test_informative_takes_a_loss_that_varies_around_the_entropy_as_unlearnable(
     assert difficulty.scalars.item() == pytest.approx(0.0, abs=0.01)
 
 
+def learnable_after(*losses, lr=0.05):
+    """The form after two hundred steps through so many losses of every field, all with an entropy of 1."""
+    difficulty = make_difficulty(len(losses[0]), BalanceConfig(form="learnable", learning_rate=lr))
+    for step in range(200):
+        calibrate(difficulty, field_losses(losses[step % len(losses)]), 1, lr=lr)
+    return difficulty
+
+
+def test_learnable_prefers_the_hardest_field_that_beats_its_entropy_and_leaves_noise_the_least():
+    easy, hard, noise = learnable_after([0.31, 0.95, 1.01], [0.29, 0.97, 0.999]).weights()[:, 0].tolist()
+    assert hard > 3 * easy
+    assert easy > 2 * noise
+    assert hard == pytest.approx(10 * 0.96 / 1.005 * noise, rel=0.02)  # the floor is a tenth
+
+
+def test_learnable_asks_for_a_margin_that_is_no_chance():
+    sure, unsure = learnable_after([0.98, 0.68], [1.00, 1.30]).probability().tolist()
+    assert sure > 0.99
+    assert 0.3 < unsure < 0.7
+
+
+def test_learnable_is_difficulty_until_a_field_has_shown_something():
+    difficulty = learnable_after([2.0, 1.5], [1.9, 1.4])
+    plain = make_difficulty(2, BalanceConfig())
+    plain.load_state_dict({"difficulty": difficulty.scalars})
+    torch.testing.assert_close(difficulty.weights(), plain.weights())
+    start = make_difficulty(2, BalanceConfig(form="learnable"))
+    torch.testing.assert_close(start.probability(), torch.full((2,), 0.5))
+    torch.testing.assert_close(start.weights(), torch.ones(2, 1))
+
+
+def test_learnable_learns_nothing_from_a_field_without_targets():
+    difficulty = make_difficulty(2, BalanceConfig(form="learnable"))
+    for _ in range(50):
+        difficulty.observe(field_losses([0.5, 0.0], share=[[1.0], [0.0]]), None)
+    assert difficulty.probability()[0] > 0.99
+    assert difficulty.probability()[1] == 0.5
+
+
 def test_progress_prefers_the_field_that_is_still_being_learnt():
     difficulty = make_difficulty(2, BalanceConfig(form="progress"))
     for step in range(100):
