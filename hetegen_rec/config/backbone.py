@@ -29,12 +29,13 @@ _SETTINGS: dict[BackboneName, tuple[str, ...]] = {
 class BackboneConfig(Section):
     """What scores a row (docs/method.md section 12).
 
-    All but `hetegen` are trained in stage `scratch` and read nothing of `model` besides this section, `dim`
-    and `init_std`, so that one file can describe a comparison.
+    In stage `scratch` all but `hetegen` are baselines, which read nothing of `model` besides this section,
+    `dim` and `init_std`, so that one file can describe a comparison. In the other stages the denoiser shapes
+    the tables by which they score.
     """
 
     name: BackboneName = "hetegen"
-    """`hetegen` is the denoiser with the head `model.ctr`; the others are baselines."""
+    """`hetegen` is the denoiser with the head `model.ctr`; the others score looked-up rows alone."""
     generate: bool = False
     """Regenerate every field's vector from all fields before it is scored (SFG, arXiv 2512.14041)."""
     hidden: Widths = (256, 128)

@@ -64,7 +64,7 @@ def _symmetric(model: TrainedModel) -> Strategy:
     network, config = model.lookup.network, model.config
     if (
         not isinstance(network, HeteGenNetwork)
-        or network.mask_tokens is None
+        or network.denoiser_masks is None
         or not isinstance(network.reconstruction, Reconstruction)
     ):
         raise ConfigError(

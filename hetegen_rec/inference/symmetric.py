@@ -83,7 +83,7 @@ class Symmetric:
 
     def _denoise_without(self, tokens: Tensor, fold: list[int], rows: Rows) -> Tensor:
         """[B, T + 1, D]: what the denoiser says of rows in which the fold is masked."""
-        masks = self._network.mask_tokens
+        masks = self._network.denoiser_masks
         assert masks is not None
         present = rows.present
         hidden_cells = torch.zeros_like(present)

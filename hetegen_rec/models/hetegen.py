@@ -10,7 +10,7 @@ from hetegen_rec.config.schema import Schema
 from hetegen_rec.data.batch import Batch
 from hetegen_rec.data.statistics import Statistics
 from hetegen_rec.models.attention import Guidance
-from hetegen_rec.models.backbones.network import BackboneNetwork
+from hetegen_rec.models.backbones.network import BackboneNetwork, NamedBackbone
 from hetegen_rec.models.balancing import make_difficulty
 from hetegen_rec.models.corruption import LABEL_MASK_ID, Corrupted, Diffusion, RowNoise, uniform_of_batch
 from hetegen_rec.models.ctr import LabelHead, MLPHead
@@ -49,6 +49,9 @@ class HeteGenNetwork(ClickNetwork):
 
     Stages (docs/method.md section 7): `pretrain` reconstructs noised rows, the label among them; `finetune`
     and `scratch` score clean rows; `joint` does both on one lookup.
+
+    A `backbone` in the place of the click head scores the looked-up rows alone. The denoiser then shapes the
+    tables in the generative stages, and takes no part in scoring.
     """
 
     column_of_element: Tensor
@@ -71,11 +74,11 @@ class HeteGenNetwork(ClickNetwork):
         self.denoiser = Denoiser(len(schema.tokens), model.dim, model.denoiser)
         self.difficulty = make_difficulty(len(self.fields), model.balance)
         self.label_head = LabelHead(model.dim)
-        self.ctr_head = (
-            MLPHead(schema, model.dim, model.ctr, generate=model.backbone.generate)
-            if model.ctr.head == "mlp"
-            else None
-        )
+        self.backbone = self.ctr_head = None
+        if model.backbone.name != "hetegen":
+            self.backbone = NamedBackbone(schema, model.dim, model.backbone)
+        elif model.ctr.head == "mlp":
+            self.ctr_head = MLPHead(schema, model.dim, model.ctr, generate=model.backbone.generate)
         self.has_padding = any(field.kind == "sequence" for field in schema.fields)
         self._index_fields(schema)
         self._freeze_unused()
@@ -94,12 +97,15 @@ class HeteGenNetwork(ClickNetwork):
 
     def _freeze_unused(self) -> None:
         """What a stage does not train gets no gradient, no decay and no traffic."""
+        scorer = self.backbone or self.ctr_head
         if not self.is_generative:
             _freeze(self.reconstruction, self.corruption, self.difficulty)
-        if not self.scores_clicks and self.ctr_head is not None:
-            _freeze(self.ctr_head)
+            if self.backbone is not None:
+                _freeze(self.denoiser)
+        if not self.scores_clicks and scorer is not None:
+            _freeze(scorer)
         diffuses_label = self.is_generative and self.config.label_in_set
-        reads_label = self.scores_clicks and self.ctr_head is None
+        reads_label = self.scores_clicks and scorer is None
         if not (diffuses_label or reads_label):
             _freeze(self.label_head)
 
@@ -110,6 +116,9 @@ class HeteGenNetwork(ClickNetwork):
             tokens: [B, T, D], looked up or put in their place.
             present: [B, T] bool, False for positions that do not exist.
         """
+        if self.scores_clicks and self.backbone is not None:
+            logits: Tensor = self.backbone(tokens, present)
+            return logits
         hidden = self.denoise(tokens, present, tokens.new_zeros(tokens.shape[0], dtype=torch.float32))
         if self.ctr_head is None or not self.scores_clicks:
             return self.label_head(hidden).float()
@@ -122,6 +131,11 @@ class HeteGenNetwork(ClickNetwork):
 
     @property
     def mask_tokens(self) -> Tensor | None:
+        """[T, D]: the [MASK] vector of every token; None if what scores a row has not learnt them."""
+        return None if self.backbone is not None else self.denoiser_masks
+
+    @property
+    def denoiser_masks(self) -> Tensor | None:
         """[T, D]: the [MASK] vector of every token; None if no stage up to this one has trained them."""
         return None if self.stage == "scratch" else self.corruption.mask_tokens
 
@@ -239,8 +253,8 @@ def build_model(
         ConfigError: the stage cannot train this model on these data.
     """
     torch.manual_seed(seed)
-    _check_stage(stage, model)
-    kind = HeteGenNetwork if model.backbone.name == "hetegen" else BackboneNetwork
+    is_baseline = stage == "scratch" and model.backbone.name != "hetegen"
+    kind = BackboneNetwork if is_baseline else HeteGenNetwork
     network = kind(
         schema,
         statistics,
@@ -253,14 +267,6 @@ def build_model(
         network.probe_every = train.probe_gradients_every
         _check_reconstruction(network)
     return HeteGen(build_tables(schema, table_shapes(schema, statistics, model.dim)), network)
-
-
-def _check_stage(stage: Stage, model: ModelConfig) -> None:
-    if stage != "scratch" and model.backbone.name != "hetegen":
-        raise ConfigError(
-            f"stage `{stage}` reconstructs rows, or goes on from a model that did, which a model with "
-            f"`model.backbone.name: {model.backbone.name}` does not; train it with `scratch`"
-        )
 
 
 def _check_reconstruction(network: HeteGenNetwork) -> None:

@@ -10,7 +10,6 @@ from torch.nn import functional
 from torchrec import KeyedTensor
 
 from hetegen_rec.config.backbone import BackboneConfig, BackboneName
-from hetegen_rec.config.errors import ConfigError
 from hetegen_rec.evaluation.metrics import auc
 from hetegen_rec.models.backbones.autoint import InteractingLayer
 from hetegen_rec.models.backbones.dcnv2 import DCNV2
@@ -326,10 +325,34 @@ def test_pretraining_leaves_the_generator_alone():
 
 
 @every_backbone
-@pytest.mark.parametrize("stage", ["pretrain", "joint", "finetune"])
-def test_a_baseline_is_trained_from_scratch_only(name, stage):
-    with pytest.raises(ConfigError, match=f"stage `{stage}` .*backbone.name: {name}.*`scratch`"):
-        model_of(name, stage)
+def test_generative_stages_shape_the_tables_of_a_backbone_that_scores_alone(name):
+    """Pre-training leaves the backbone alone; afterwards nothing but the backbone reads the tables."""
+    pretrained = model_of(name, "pretrain")
+    pretrained(log().batch())[0].backward()
+    assert not any(parameter.requires_grad for parameter in pretrained.network.backbone.parameters())
+    assert all(weight.grad.any() for weight in tables_of(pretrained).values())
+
+    finetuned = model_of(name, "finetune")
+    finetuned.load_state_dict(pretrained.state_dict())
+    finetuned(log().batch())[0].backward()
+    trained = {key for key, parameter in finetuned.network.named_parameters() if parameter.grad is not None}
+    assert trained
+    assert all(key.startswith("backbone.") for key in trained)
+
+
+def test_a_joint_stage_trains_a_backbone_on_clean_rows_and_the_denoiser_on_noised_ones():
+    model = model_of("deepfm", "joint")
+    loss, outputs = model(log().batch())
+    loss.backward()
+    assert {"click", "generative", "label"} <= set(outputs.terms)
+    assert model.network.backbone["deepfm"].scorer.deep.output.weight.grad.any()
+    assert model.network.denoiser.shared_weight.grad.any()
+    tokens = torch.randn(4, len(SCHEMA.tokens), DIM)
+    present = torch.ones(4, len(SCHEMA.tokens), dtype=torch.bool)
+    before = model.network.score(tokens, present)
+    with torch.no_grad():
+        model.network.denoiser.shared_weight.zero_()
+    assert model.network.score(tokens, present).equal(before)
 
 
 def test_no_backbone_has_weights_under_the_names_of_another():

@@ -53,12 +53,24 @@ class Backbone(nn.Module):
         return cast(Tensor, self.scorer(fields))
 
 
-class BackboneNetwork(ClickNetwork):
-    """The network of a baseline. It reconstructs nothing, so no field has a difficulty.
+class NamedBackbone(nn.ModuleDict):
+    """A backbone that stands under its name, and with `generate` under one of its own, in the state dict.
 
-    The backbone stands under its name, and with `generate` under one of its own, in the state dict: LR and FM
-    have the same weights, but neither loads a checkpoint of the other.
+    LR and FM have the same weights, but neither loads a checkpoint of the other.
     """
+
+    def __init__(self, schema: Schema, dim: int, config: BackboneConfig) -> None:
+        self.key = f"generated_{config.name}" if config.generate else config.name
+        super().__init__({self.key: Backbone(schema, dim, config)})
+
+    def forward(self, tokens: Tensor, present: Tensor) -> Tensor:
+        """tokens [B, T, D] and present [B, T] bool -> logits [B]."""
+        logits: Tensor = self[self.key](tokens, present)
+        return logits.float()
+
+
+class BackboneNetwork(ClickNetwork):
+    """The network of a baseline. It reconstructs nothing, so no field has a difficulty."""
 
     def __init__(
         self,
@@ -71,13 +83,11 @@ class BackboneNetwork(ClickNetwork):
         autocast: bool = False,
     ) -> None:
         super().__init__(schema, statistics, model, stage, table_l2=table_l2, autocast=autocast)
-        config = model.backbone
         self.fields = []
         self.difficulty = Difficulty(0, BalanceConfig()).requires_grad_(False)
-        self.key = f"generated_{config.name}" if config.generate else config.name
-        self.backbone = nn.ModuleDict({self.key: Backbone(schema, model.dim, config)})
+        self.backbone = NamedBackbone(schema, model.dim, model.backbone)
 
     def score(self, tokens: Tensor, present: Tensor) -> Tensor:
         """Click logits [B] of rows [B, T, D]."""
-        logits: Tensor = self.backbone[self.key](tokens, present)
-        return logits.float()
+        logits: Tensor = self.backbone(tokens, present)
+        return logits
