@@ -35,7 +35,7 @@ def rows_of(model: HeteGen, batch: Batch) -> Rows:
 
 def part_of(rows: Rows, index: list[int]) -> Rows:
     """Some rows in a batch of their own; its KJT stays that of all."""
-    tensors = {name: getattr(rows.batch, name)[index] for name in Batch._TENSORS}
+    tensors = {name: tensor[index] for name, tensor in rows.batch._tensors()}
     return Rows(rows.tokens[index], replace(rows.batch, **tensors))
 
 
