@@ -38,8 +38,11 @@ def write_stage(directory, stage, rows, num_fields, steps):
     text = "".join(json.dumps(event) + "\n" for event in sorted(events, key=lambda event: event["step"]))
     (directory / "log.jsonl").write_text(text)
     (directory / "config.yaml").write_text(yaml.safe_dump(config(), sort_keys=False))
-    if stage != "pretrain":
-        write_results(directory, stage, rows)
+    splits = write_predictions(directory, stage, rows) if stage != "pretrain" else {}
+    evaluation = {"run": "movielens", "stage": stage, "checkpoint": "step-400", "step": 400, "splits": splits}
+    if stage in ("pretrain", "joint"):
+        evaluation["reconstruction"] = {"valid": reconstruction(fields_of(num_fields))}
+    write_evaluation(directory, evaluation)
 
 
 def fields_of(num_fields):
@@ -83,6 +86,8 @@ def field_events(fields, progress, rng):
             "relative": r,
             "difficulty": math.log(max(r, 0.05)) * (1 - math.exp(-12 * progress)),
             "weight": r / mean,
+            "gradient_share": fields[name][0] / sum(chance for chance, _ in fields.values()),
+            "label_cosine": 0.5 - r,
         }
         for name, r in relative.items()
     }
@@ -104,7 +109,26 @@ def evaluation_events(stage, steps):
         }
 
 
-def write_results(directory, stage, rows):
+def reconstruction(fields):
+    return {name: reconstructed(chance, rest) for name, (chance, rest) in fields.items()}
+
+
+def reconstructed(chance, rest):
+    levels = [{"from": t / 4, "to": (t + 1) / 4, "targets": 100 * t + 50} for t in range(4)]
+    return {
+        "targets": 800,
+        "among": "candidates" if chance > 6 else "vocabulary",
+        "cross_entropy": rest * chance,
+        "chance": chance,
+        "baseline": 0.95 * chance,
+        "relative": rest,
+        "top_1": 1 - rest,
+        "top_10": 1 - rest**2,
+        "levels": [{**level, "cross_entropy": rest * chance * (0.8 + level["from"] / 3)} for level in levels],
+    }
+
+
+def write_predictions(directory, stage, rows):
     splits, temperature = {}, None
     for seed, split in enumerate(("valid", "test")):
         predictions, columns = score(stage, rows, seed)
@@ -113,8 +137,7 @@ def write_results(directory, stage, rows):
         target = directory / "predictions" / split
         target.mkdir(parents=True)
         pq.write_table(pa.table(columns), target / "part-0.parquet")
-    evaluation = {"run": "movielens", "stage": stage, "checkpoint": "step-400", "step": 400, "splits": splits}
-    write_evaluation(directory, evaluation)
+    return splits
 
 
 def score(stage, rows, seed):

@@ -37,6 +37,7 @@ def test_a_whole_run_becomes_one_page_that_needs_nothing_else(tmp_path):
         "Weight of every field",
         "Reconstruction loss over time",
         "Reconstruction loss at the end",
+        "Share of the gradient",
         "AUC on valid",
         "Loss of the click",
         "Generative loss",
@@ -46,6 +47,16 @@ def test_a_whole_run_becomes_one_page_that_needs_nothing_else(tmp_path):
     outside_images = re.sub(r"base64,[^\"]*", "", page)
     assert not re.search(r"https?://|<script|<link|url\(", outside_images)
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["report.html"]
+
+
+def test_generative_stages_show_how_held_out_rows_are_reconstructed(tmp_path):
+    fake_run.write_run(tmp_path, stages=("pretrain", "joint"))
+    page = report_of(tmp_path)
+    assert page.count("Reconstruction of valid") == 2
+    assert "<td>user_id *</td><td>800</td><td>4.216</td><td>6.800</td>" in page
+    assert "<td>genres</td>" in page  # the whole vocabulary: no mark
+    assert "<th>t 0.75-1.00</th>" in page
+    assert "has the most: 18 %" in page
 
 
 def test_the_headline_says_how_fine_tuning_compares_with_scratch(tmp_path):

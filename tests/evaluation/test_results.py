@@ -1,5 +1,7 @@
 import json
+import re
 
+import fake_run
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -182,6 +184,15 @@ def test_tables_show_every_stage_and_na_where_nothing_is_defined(tmp_path):
     assert "n/a" in text
     assert "users with 1-5 training rows" in text
     assert "Against from-scratch on test" in text
+
+
+def test_tables_show_a_pretraining_that_scored_no_clicks(tmp_path):
+    fake_run.write_run(tmp_path, stages=("pretrain",))
+    text = printed(tmp_path)
+    assert "Reconstruction of valid, pretrain" in text
+    assert re.search(r"user_id \* +│ +800 │ +4\.216 │ +6\.800 │ +6\.460 │ +0\.620 │ +0\.380 │", text)
+    assert "Nothing scores clicks yet" in text
+    assert "Metrics on" not in text
 
 
 def test_tables_name_a_strategy_and_its_cost_but_not_plain_scoring(tmp_path):

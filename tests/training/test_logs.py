@@ -13,7 +13,16 @@ LINE = {
     "samples_per_second": 1000.0,
     "loss": 1.5,
     "terms": {"generative": 0.9, "label": 0.6},
-    "fields": {"user_id": {"loss": 5.0, "relative": 0.9, "difficulty": -0.1, "weight": 1.1}},
+    "fields": {
+        "user_id": {
+            "loss": 5.0,
+            "relative": 0.9,
+            "difficulty": -0.1,
+            "weight": 1.1,
+            "gradient_share": 0.3,
+            "label_cosine": -0.2,
+        }
+    },
     "learning_rate": {"tables": 0.05, "dense": 1e-3},
 }
 
@@ -33,6 +42,8 @@ def test_every_number_of_a_line_is_a_curve_with_a_name_that_says_what_it_is(tmp_
         "field_relative_loss_r/user_id": 0.9,
         "field_difficulty_s/user_id": -0.1,
         "field_weight_w/user_id": 1.1,
+        "field_gradient_share/user_id": 0.3,
+        "field_label_cosine/user_id": -0.2,
         "train/learning_rate/tables": 0.05,
         "train/learning_rate/dense": 0.001,
         "evaluation/auc": 0.75,
