@@ -81,6 +81,8 @@ class Method(Section):
     same settings of the search."""
     evaluate: Overrides = {}
     """The other way; with `of` only."""
+    settings_of: str | None = None
+    """Another method, whose settings of the search it takes over instead of searching: for ablations."""
     only: list[str] | None = None
     """The data sets that it can run on; null for all."""
     seeds: PositiveInt | None = None
@@ -101,8 +103,10 @@ class Method(Section):
         return self
 
     def _check_strategy(self) -> None:
-        if self.stages or self.overrides:
-            raise ValueError(f"`of: {self.of}` brings `stages` and `overrides`; leave them out")
+        if self.stages or self.overrides or self.settings_of:
+            raise ValueError(
+                f"`of: {self.of}` brings `stages`, `overrides` and the settings of the search; leave them out"
+            )
         if not self.evaluate:
             raise ValueError(f"`of: {self.of}` without `evaluate` would be the same method again")
 
@@ -167,8 +171,11 @@ class Grid(Section):
         if method.group is not None or self.groups:
             _known([str(method.group)], self.groups, f"methods.{name}.group")
         limit = self.seeds
+        training = {other: one for other, one in self.methods.items() if one.of is None}
+        if method.settings_of is not None:
+            searching = [other for other, one in training.items() if one.settings_of is None]
+            _known([method.settings_of], searching, f"methods.{name}.settings_of")
         if method.of is not None:
-            training = [other for other, one in self.methods.items() if one.of is None]
             _known([method.of], training, f"methods.{name}.of")
             limit = self.seeds_of(method.of)
         if method.seeds is not None and method.seeds > limit:
@@ -177,10 +184,11 @@ class Grid(Section):
     def runs_on(self, method: str, data_set: str) -> bool:
         """Whether a method runs on a data set."""
         one, where = self.methods[method], self.data_sets[data_set]
+        needed = one.of or one.settings_of
         return (
             (one.only is None or data_set in one.only)
             and (where.groups is None or one.group in where.groups)
-            and (one.of is None or self.runs_on(one.of, data_set))
+            and (needed is None or self.runs_on(needed, data_set))
         )
 
     def methods_of(self, data_set: str) -> list[str]:
@@ -199,6 +207,11 @@ class Grid(Section):
     def trained(self, method: str) -> str:
         """The method that trains what a method scores with: mostly itself."""
         return self.methods[method].of or method
+
+    def searched(self, method: str) -> str:
+        """The method whose search decides about the settings of a method: mostly itself."""
+        trained = self.trained(method)
+        return self.methods[trained].settings_of or trained
 
 
 def _known(names: Iterable[str], known: Collection[str], key: str) -> None:

@@ -109,15 +109,15 @@ class Plan:
         return next(run for run in self.runs if run.data_set == data_set)
 
     def search_runs(self, data_set: str, method: str) -> list[Run]:
-        """One run an option, on the seed of the search; none of a method that trains nothing there."""
-        if self.grid.methods[method].of is not None or not self.grid.runs_on(method, data_set):
+        """One run an option, on the seed of the search; none of a method that does not search there."""
+        if self.grid.searched(method) != method or not self.grid.runs_on(method, data_set):
             return []
         options = self.grid.data_sets[data_set].search
         return [self._runs[data_set, method, option, SEARCH_SEED] for option in options]
 
     def chosen_runs(self, data_set: str, method: str, done: Mapping[str, Record]) -> list[Run]:
         """The runs of all seeds with the option that is best on valid; empty if no option is done."""
-        searched = self.search_runs(data_set, self.grid.trained(method))
+        searched = self.search_runs(data_set, self.grid.searched(method))
         tried = [run for run in searched if run.id in done]
         if not tried:
             return []
@@ -158,7 +158,7 @@ class Plan:
     def _is_decided(self, pair: tuple[str, str], done: Mapping[str, Record], failed: Collection[str]) -> bool:
         """Whether the search of a pair is over."""
         data_set, method = pair
-        searched = self.search_runs(data_set, self.grid.trained(method))
+        searched = self.search_runs(data_set, self.grid.searched(method))
         return all(run.id in done or run.id in failed for run in searched)
 
     def _missing(self, data_set: DataSet) -> Path | None:

@@ -25,7 +25,17 @@ BAD_GRIDS = {
     ),
     "another's model and training of its own": (
         {"methods": {**METHODS, "odd": {**OTHER, "stages": ["scratch"]}}},
-        r"`of: scratch` brings `stages` and `overrides`",
+        r"`of: scratch` brings `stages`, `overrides`",
+    ),
+    "settings of what searches for none": (
+        {
+            "methods": {
+                **METHODS,
+                "one": {**METHODS["scratch"], "settings_of": "uniform"},
+                "odd": {**METHODS["scratch"], "settings_of": "one"},
+            }
+        },
+        r"`methods.odd.settings_of: one` is none of: scratch, uniform",
     ),
     "another way without a model": (
         {"methods": {**METHODS, "odd": {**METHODS["scratch"], "evaluate": {"seed": 1}}}},
@@ -187,6 +197,20 @@ def test_what_only_scores_has_no_search_and_comes_behind_what_trains(tmp_path):
     assert [where for where in order if where[0] == "ads" and where[3] == 1] == [
         ("ads", method, "strong", 1) for method in ("scratch", "uniform", "other")
     ]
+
+
+def test_an_ablation_takes_over_the_settings_of_another_method(tmp_path):
+    ablation = {
+        "title": "Ablation",
+        "stages": ["pretrain", "finetune"],
+        "overrides": {"model.balance.form": "dwa"},
+        "settings_of": "uniform",
+        "seeds": 2,
+    }
+    plan = plan_of(tmp_path, methods={"ablation": ablation, **METHODS})
+    order = in_order(plan, lambda run: {"light": 0.6, "strong": 0.7}[run.option])
+    assert [run[2:] for run in order if run[:2] == ("ads", "ablation")] == [("strong", 0), ("strong", 1)]
+    assert plan.num_runs == len(order) == 2 * (2 * (2 + 2) + 2)
 
 
 def test_methods_may_have_fewer_seeds(tmp_path):
