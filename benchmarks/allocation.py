@@ -143,7 +143,7 @@ def report(found: Mapping[str, Sequence[Allocation]], steps: int) -> Iterator[st
 
 
 def _cells(runs: Sequence[Allocation]) -> Iterator[str]:
-    groups = (EASY_FIELDS, HARD_FIELDS, NOISE_FIELDS)
+    groups: tuple[Sequence[str], ...] = (EASY_FIELDS, HARD_FIELDS, NOISE_FIELDS)
     for names in groups:
         end, mean = (_mean([getattr(run, what) for run in runs], names) for what in ("end", "mean"))
         yield f"{100 * end:.1f} / {100 * mean:.1f}"
