@@ -18,6 +18,7 @@ from hetegen_rec.distributed.optimizers import make_optimizer
 from hetegen_rec.distributed.runtime import Runtime
 from hetegen_rec.distributed.signals import StopRequest
 from hetegen_rec.distributed.watchdog import Watchdog
+from hetegen_rec.models.hetegen import HeteGenNetwork
 from hetegen_rec.models.reconstruction import check_growth
 from hetegen_rec.training.attempts import (
     begin_attempt,
@@ -209,13 +210,16 @@ def load_checkpoint(
     model: ShardedModel,
     optimizer: KeyedOptimizer | None = None,
 ) -> None:
-    """Loads a checkpoint, whose tables may have grown since, as long as no field needs another head for it.
+    """Loads a checkpoint, whose tables may have grown since.
+
+    A model that reconstructs cannot take a table for which its field would need another head.
 
     Raises:
         CheckpointError, ConfigError: it does not fit; see `Checkpoints.load`.
     """
-    rows = {field.name: statistics.table_rows(field.name) for field in config.features.table_owners}
-    check_growth(config.features, {**rows, **checkpoints.grown_tables(info)}, rows, config.model)
+    if isinstance(model.network, HeteGenNetwork):
+        rows = {field.name: statistics.table_rows(field.name) for field in config.features.table_owners}
+        check_growth(config.features, {**rows, **checkpoints.grown_tables(info)}, rows, config.model)
     checkpoints.load(info, model.dmp, optimizer)
 
 

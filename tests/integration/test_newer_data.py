@@ -27,8 +27,8 @@ HEAD = f"network.reconstruction.full.classes.{TABLE}.weight"
 KINDS = ("table_wise", "row_wise", "data_parallel")
 
 
-def may(directory: Path) -> RunConfig:
-    return tiny_config(directory / "may", "train.max_steps=4")
+def may(directory: Path, *overrides: str) -> RunConfig:
+    return tiny_config(directory / "may", "train.max_steps=4", *overrides)
 
 
 def june(directory: Path, *overrides: str) -> RunConfig:
@@ -132,6 +132,25 @@ def test_a_field_that_outgrows_its_full_softmax_is_refused_by_name(
         stages.open_trainer(config, STAGE, runtime),
     ):
         pass
+
+
+def test_a_baseline_has_no_softmax_to_outgrow(directory: Path, trained: dict[str, Any]) -> None:
+    most = trained["grown"][0] - NUM_RESERVED_IDS
+    settings = (
+        "model.backbone.name=fm",
+        f"model.reconstruction.full_softmax_max={most}",
+        "train.max_steps=1",
+        f"run_dir={directory / 'baseline'}",
+    )
+    with start_runtime("cpu") as runtime:
+        with stages.open_trainer(may(directory, *settings), "scratch", runtime) as trainer:
+            trainer.run()
+        older = stages.open_checkpoints(may(directory, *settings), "scratch", trainer.statistics, runtime)
+        start = older.latest()
+        assert start is not None
+        config = june(directory, *settings, f"stages.scratch.start_from={start.location}")
+        with stages.open_trainer(config, "scratch", runtime, fresh=True) as trainer:
+            assert trainer.statistics.table_rows(TABLE) == trained["grown"][1]
 
 
 def test_newer_data_with_ids_of_their_own_are_refused(directory: Path, trained: dict[str, Any]) -> None:
