@@ -25,6 +25,7 @@ from benchmarks.evidence.workers import RunError, Workers
 from benchmarks.machine import machine
 from hetegen_rec import terminal
 from hetegen_rec.config.errors import ConfigError
+from hetegen_rec.evaluation.tables import number
 from hetegen_rec.locks import LockedError, directory_lock
 
 DATA_ROOT = Path("../shared/data")
@@ -52,7 +53,7 @@ def _run_all(plan: Plan, options: argparse.Namespace) -> None:
         _say(f"{name} is left out: {place} is not there")
     _say(f"{left} of {plan.num_runs} runs left, {len(cores)} at a time")
     with stopping_on_signals(workers):
-        for data_set in dict.fromkeys(name for name, _ in plan.pairs if left):
+        for data_set in dict.fromkeys(run.data_set for run in plan.everything if left):
             log = options.out / "logs" / f"prepare-{data_set}.log"
             prepare(plan.first_run(data_set), workers, log, cores[0])
         do = partial(execute, out=options.out, workers=workers, commit=commit())
@@ -62,7 +63,7 @@ def _run_all(plan: Plan, options: argparse.Namespace) -> None:
 def _write(plan: Plan, options: argparse.Namespace) -> int:
     """Writes the page of what is there; returns 1 if runs failed."""
     ledger = Ledger(options.out)
-    known = {run.id for run in plan.runs}
+    known = {run.id for run in plan.everything}
     failed = {run: record for run, record in ledger.failed.items() if run in known}
     sections = list(sections_of(Summary(plan, ledger.done, options.out), failed, options.out))
     paths = write_page(options.out, _introduction(plan, ledger, options.grid), sections)
@@ -80,16 +81,20 @@ def _cores(jobs: int | None) -> list[int]:
 
 def _tell(record: Record, num_left: int, seconds_left: float) -> None:
     what = f"{record.data_set} / {record.method} / {record.option} / seed {record.seed}"
-    if record.status == "failed":
-        how = f"failed: {record.error}"
-    else:
-        valid, test = (record.value(split, "auc") or 0.0 for split in ("valid", "test"))
-        how = f"AUC {valid:.4f} on valid, {test:.4f} on test; {record.wall_seconds:.0f} s"
+    how = f"failed: {record.error}" if record.status == "failed" else _scored(record)
     _say(f"{what}: {how}; {num_left} left, about {seconds_left / 60:.0f} minutes")
 
 
+def _scored(record: Record) -> str:
+    if record.ways:
+        scores = ", ".join(f"{number(one['auc'])} by {way}" for way, one in record.ways.items())
+    else:
+        scores = ", ".join(f"{number(record.value(one, 'auc'))} on {one}" for one in ("valid", "test"))
+    return f"AUC {scores}; {record.wall_seconds:.0f} s"
+
+
 def _introduction(plan: Plan, ledger: Ledger, grid: Path) -> str:
-    done = [ledger.done[run.id] for run in plan.runs if run.id in ledger.done]
+    done = [ledger.done[run.id] for run in plan.everything if run.id in ledger.done]
     commits = ", ".join(sorted({record.commit for record in done})) or "unknown"
     left = plan.num_left(ledger.done)
     state = "All runs are done." if not left else f"{left} of {plan.num_runs} runs are still to be done."

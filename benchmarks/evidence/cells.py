@@ -48,9 +48,13 @@ def _metric_cell(
 ) -> Cell:
     if spread is None:
         return Cell(NONE)
-    few = f"({spread.num_seeds} of {seeds} seeds)" if spread.num_seeds < seeds else ""
-    notes = [mark(comparison) if comparison is not None else "", few]
+    notes = [mark(comparison) if comparison is not None else "", few_seeds(spread, seeds)]
     return Cell(spread_text(spread), spread.mean == best, " ".join(note for note in notes if note))
+
+
+def few_seeds(spread: Spread, seeds: int) -> str:
+    """How many seeds there are, if not all."""
+    return f"({spread.num_seeds} of {seeds} seeds)" if spread.num_seeds < seeds else ""
 
 
 def spread_text(spread: Spread | None) -> str:

@@ -9,6 +9,7 @@ import yaml
 from pydantic import Field, PositiveInt, ValidationError, model_validator
 
 from hetegen_rec.config.errors import ConfigError, Section
+from hetegen_rec.config.incremental import IncrementalStage, Way
 from hetegen_rec.config.run import Stage
 
 Overrides: TypeAlias = dict[str, Any]
@@ -134,6 +135,21 @@ class Contest(Section):
     """Groups of methods."""
 
 
+class Incremental(Section):
+    """Models that follow logs period after period, trained by `hetegen incremental` (docs/incremental.md)."""
+
+    seeds: PositiveInt
+    """Seeds 0 to this, exclusive; one run a data set and seed trains all ways."""
+    baseline: Way = "finetune"
+    """The way that the others are held against."""
+    stage: IncrementalStage = "scratch"
+    """`incremental.stage` of the runs. The first model and `retrain` have `epochs.total` of the data set."""
+    overrides: Overrides = {}
+    """For all of them, `incremental.KEY` among others; nothing is searched."""
+    data_sets: Annotated[dict[str, Overrides], Field(min_length=1)]
+    """Those of the grid that are followed, by name, each with its own overrides."""
+
+
 class Grid(Section):
     """Data sets x methods x seeds."""
 
@@ -151,6 +167,8 @@ class Grid(Section):
     """For every run."""
     data_sets: Annotated[dict[str, DataSet], Field(min_length=1)]
     methods: Annotated[dict[str, Method], Field(min_length=1)]
+    incremental: Incremental | None = None
+    """Null if no log is followed."""
 
     @model_validator(mode="after")
     def _check(self) -> "Grid":
@@ -164,6 +182,8 @@ class Grid(Section):
         if self.contest is not None:
             _known(self.contest.ours, self.groups, "contest.ours")
             _known(self.contest.baselines, self.groups, "contest.baselines")
+        if self.incremental is not None:
+            _known(self.incremental.data_sets, self.data_sets, "incremental.data_sets")
         return self
 
     def _check_method(self, name: str, method: Method) -> None:

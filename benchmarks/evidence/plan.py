@@ -1,23 +1,21 @@
 """The runs that a grid asks for, and which of them comes next."""
 
-import hashlib
-import json
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
-from benchmarks.evidence.grid import DataSet, Grid, as_arguments
+from benchmarks.evidence.grid import Grid, as_arguments
+from benchmarks.evidence.identity import decisive, digest
+from benchmarks.evidence.places import Places
 from benchmarks.evidence.records import Record
-from hetegen_rec.config.data import Split
+from benchmarks.evidence.sequences import SequenceRun, sequence_runs
 from hetegen_rec.config.errors import ConfigError
 from hetegen_rec.config.loading import load_config
 from hetegen_rec.config.run import RunConfig, Stage
 
 SEARCH_SEED = 0
-_SPLITS: tuple[Split, ...] = ("train", "valid", "test")
-_PLACES = ("train", "valid", "test", "raw_dir", "prepared_dir")
 
 
 @dataclass(frozen=True)
@@ -53,6 +51,9 @@ class Run:
         return f"{self.data_set} / {self.method} / {self.option} / seed {self.seed}"
 
 
+AnyRun: TypeAlias = Run | SequenceRun
+
+
 class Plan:
     """All runs of a grid."""
 
@@ -68,8 +69,8 @@ class Plan:
             ConfigError: a configuration is wrong, or no data set of the grid is there.
         """
         self.grid = grid
-        self._out, self._data_root = out, data_root
-        self.missing = {n: place for n, one in grid.data_sets.items() if (place := self._missing(one))}
+        self._places = Places(grid, out, data_root)
+        self.missing = self._places.missing
         """Data sets that are not there, and where they were looked for."""
         if len(self.missing) == len(grid.data_sets):
             places = ", ".join(map(str, self.missing.values()))
@@ -77,6 +78,8 @@ class Plan:
                 f"no data set of the grid is there (looked at {places}); name their --data-root"
             )
         self._runs = {(run.data_set, run.method, run.option, run.seed): run for run in self._resolve()}
+        self.sequences = sequence_runs(grid, self._places)
+        """Those that follow a log, in order."""
 
     @cached_property
     def pairs(self) -> list[tuple[str, str]]:
@@ -86,8 +89,13 @@ class Plan:
 
     @property
     def runs(self) -> Collection[Run]:
-        """All that may be asked for: every option with every seed."""
+        """All of methods that may be asked for: every option with every seed."""
         return self._runs.values()
+
+    @property
+    def everything(self) -> Collection[AnyRun]:
+        """All that may be asked for."""
+        return [*self.runs, *self.sequences]
 
     @property
     def num_runs(self) -> int:
@@ -96,7 +104,7 @@ class Plan:
 
     def num_left(self, done: Mapping[str, Record]) -> int:
         """How many are not done; of a pair whose search has not begun, as many as there will be."""
-        left: set[str] = set()
+        left = {run.id for run in self.sequences}
         undecided = 0
         for pair in self.pairs:
             searched, chosen = self.search_runs(*pair), self.chosen_runs(*pair, done)
@@ -104,9 +112,9 @@ class Plan:
             undecided += 0 if chosen else self.grid.seeds_of(pair[1]) - bool(searched)
         return len(left - set(done)) + undecided
 
-    def first_run(self, data_set: str) -> Run:
+    def first_run(self, data_set: str) -> AnyRun:
         """Any run of a data set, to prepare its data by."""
-        return next(run for run in self.runs if run.data_set == data_set)
+        return next(run for run in self.everything if run.data_set == data_set)
 
     def search_runs(self, data_set: str, method: str) -> list[Run]:
         """One run an option, on the seed of the search; none of a method that does not search there."""
@@ -126,23 +134,29 @@ class Plan:
         return [self._runs[data_set, method, best.option, seed] for seed in seeds]
 
     def next_run(
-        self, done: Mapping[str, Record], failed: Collection[str], running: Collection[Run]
-    ) -> Run | None:
+        self, done: Mapping[str, Record], failed: Collection[str], running: Collection[AnyRun]
+    ) -> AnyRun | None:
         """The first run that can start now, seed after seed, so that a part of the grid is of use.
+
+        Those that follow a log come behind all others that can start.
 
         Args:
             done: finished runs by id.
             failed: ids of runs not to be tried again.
-            running: those under way. No two of one training run at a time, since they share a directory.
+            running: those under way. No two of one directory, so of one training, run at a time.
 
         Returns:
             None if there is none, for now or at all.
         """
-        trainings = {run.training_id for run in running}
-        for run in self._wanted(done, failed):
-            if run.id not in done and run.id not in failed and run.training_id not in trainings:
+        taken = {run.config.run_dir for run in running}
+        for run in self._in_order(done, failed):
+            if run.id not in done and run.id not in failed and run.config.run_dir not in taken:
                 return run
         return None
+
+    def _in_order(self, done: Mapping[str, Record], failed: Collection[str]) -> Iterator[AnyRun]:
+        yield from self._wanted(done, failed)
+        yield from self.sequences
 
     def _wanted(self, done: Mapping[str, Record], failed: Collection[str]) -> Iterator[Run]:
         for pair in self.pairs:
@@ -161,12 +175,6 @@ class Plan:
         searched = self.search_runs(data_set, self.grid.searched(method))
         return all(run.id in done or run.id in failed for run in searched)
 
-    def _missing(self, data_set: DataSet) -> Path | None:
-        if data_set.files is None:
-            return None
-        place = self._data_root / data_set.files
-        return None if place.is_dir() else place
-
     def _resolve(self) -> Iterator[Run]:
         for data_set, method in self.pairs:
             for option in self.grid.data_sets[data_set].search:
@@ -183,7 +191,7 @@ class Plan:
                 **method.epochs(where.epochs),
                 **method.overrides,
                 **where.search[option],
-                **self._places(data_set),
+                **self._places.data(data_set),
             },
             method.click_stage,
         )
@@ -211,8 +219,8 @@ class Plan:
 
     def _with_seed(self, first: Run, seed: int) -> Run:
         config, scoring = (one.model_copy(update={"seed": seed}) for one in (first.config, first.scoring))
-        training_id = _digest([first.data_set, first.stages, _decisive(config, first.stages)])
-        run_dir = str(self._out / "runs" / first.data_set / training_id)
+        training_id = digest([first.data_set, first.stages, decisive(config, first.stages)])
+        run_dir = self._places.run_dir(first.data_set, training_id)
         return replace(
             first,
             seed=seed,
@@ -220,29 +228,5 @@ class Plan:
             scoring=scoring,
             overrides=(*first.overrides, f"seed={seed}", f"run_dir={run_dir}"),
             training_id=training_id,
-            id=_digest([training_id, _decisive(scoring, first.stages)]),
+            id=digest([training_id, decisive(scoring, first.stages)]),
         )
-
-    def _places(self, data_set: str) -> dict[str, str]:
-        here = self._out / "data" / data_set
-        places = {"data.raw_dir": str(here / "raw"), "data.prepared_dir": str(here / "prepared")}
-        files = self.grid.data_sets[data_set].files
-        if files is not None:
-            found = {f"data.{split}": f"{self._data_root / files / split}/*.parquet" for split in _SPLITS}
-            places = {**places, **found, "data.source": "null"}
-        return places
-
-
-def _decisive(config: RunConfig, stages: Collection[Stage]) -> dict[str, Any]:
-    """What of a configuration decides about the results: no places, no stages that the run has not."""
-    values = config.model_dump(
-        mode="json",
-        exclude={"name": True, "run_dir": True, "checkpoints": True, "data": set(_PLACES)},
-        exclude_defaults=True,  # so that a new key of the configuration makes no new run
-    )
-    used = {stage: section for stage, section in values.get("stages", {}).items() if stage in stages}
-    return {**values, "stages": used}
-
-
-def _digest(content: object) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]

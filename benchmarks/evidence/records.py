@@ -33,6 +33,9 @@ class Record:
     finished: str = ""
     """Local time."""
     error: str = ""
+    ways: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Of a run that follows a log, by way: means over the tested periods (`auc`, `log_loss`, `gauc`) and over
+    the updates (training `seconds`, `rows`), and `auc_by_period`."""
 
     @property
     def selection(self) -> float:

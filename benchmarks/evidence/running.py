@@ -3,15 +3,16 @@
 import json
 import shutil
 import sys
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
-from benchmarks.evidence.plan import Run
+from benchmarks.evidence.plan import AnyRun, Run
 from benchmarks.evidence.records import Record
+from benchmarks.evidence.sequences import SequenceRun, follow, results_by_way
 from benchmarks.evidence.slices import slice_metrics
+from benchmarks.evidence.verbs import Program, do_verb
 from benchmarks.evidence.workers import RunError, Workers
 from hetegen_rec import cli
 from hetegen_rec.config.data import Split
@@ -23,9 +24,6 @@ from hetegen_rec.evaluation.significance import read_predictions
 from hetegen_rec.files import replace_directory
 from hetegen_rec.training.attempts import is_done
 
-Program: TypeAlias = Callable[[Sequence[str]], int]
-"""Words of a command line to an exit code."""
-
 HETEGEN: Program = cli.main
 
 _EVALUATED: tuple[Split, ...] = ("valid", "test")
@@ -33,16 +31,16 @@ _LEFT_OUT = ("roc", "calibration_bins", "slices")
 """Curves, and slices by other bounds."""
 
 
-def prepare(run: Run, workers: Workers, log: Path, core: int) -> None:
+def prepare(run: AnyRun, workers: Workers, log: Path, core: int) -> None:
     """Prepares the data of a run's data set, for all of its runs.
 
     Raises:
         RunError, StoppedError: see `Workers.run`.
     """
-    workers.run(_do, (HETEGEN, "prepare", run), log, core)
+    workers.run(do_verb, (HETEGEN, "prepare", run), log, core)
 
 
-def execute(run: Run, core: int, *, out: Path, workers: Workers, commit: str) -> Record:
+def execute(run: AnyRun, core: int, *, out: Path, workers: Workers, commit: str) -> Record:
     """Trains and evaluates whatever of a run is not done yet.
 
     Args:
@@ -69,16 +67,19 @@ def execute(run: Run, core: int, *, out: Path, workers: Workers, commit: str) ->
         commit=commit,
     )
     try:
-        usage = workers.run(train_and_evaluate, (HETEGEN, run), out / "logs" / f"{run.id}.log", core)
-        splits = _metrics(run)
-        _keep_predictions(run, predictions_dir(out, run.id))
+        log = out / "logs" / f"{run.id}.log"
+        if isinstance(run, SequenceRun):
+            usage = workers.run(follow, (HETEGEN, run), log, core)
+            record = replace(record, ways=results_by_way(run))
+        else:
+            usage = workers.run(train_and_evaluate, (HETEGEN, run), log, core)
+            record = _with_results(record, run)
+            _keep_predictions(run, predictions_dir(out, run.id))
     except (RunError, EvaluationError) as error:
         return replace(record, error=str(error), finished=_now())
     return replace(
         record,
         status="done",
-        splits=splits,
-        train_seconds={stage: _train_seconds(run, stage) for stage in run.stages},
         wall_seconds=round(usage.seconds, 1),
         peak_memory_mib=round(usage.peak_memory_mib, 1),
         finished=_now(),
@@ -98,18 +99,17 @@ def train_and_evaluate(program: Program, run: Run) -> None:
     stage_dir = run.config.stage_dir(run.click_stage)
     evaluated_before = (stage_dir / EVALUATION).exists()
     for stage in run.stages:
-        _do(program, stage, run, "--no-report")
+        do_verb(program, stage, run, "--no-report")
         if not is_done(run.config, stage):
             sys.exit(f"error: {stage} was stopped before it was done")
     # The click stage evaluates itself, unless it was evaluated: then maybe with other settings for scoring.
     if run.evaluate or evaluated_before:
-        _do(program, "evaluate", run, "--no-report", "--stage", run.click_stage, *run.evaluate)
+        do_verb(program, "evaluate", run, "--no-report", "--stage", run.click_stage, *run.evaluate)
 
 
-def _do(program: Program, verb: str, run: Run, *more: str) -> None:
-    exit_code = program([verb, "--config", run.config_path, *run.overrides, *more])
-    if exit_code:
-        sys.exit(exit_code)
+def _with_results(record: Record, run: Run) -> Record:
+    seconds: dict[str, float] = {stage: _train_seconds(run, stage) for stage in run.stages}
+    return replace(record, splits=_metrics(run), train_seconds=seconds)
 
 
 def _metrics(run: Run) -> dict[str, dict[str, Any]]:

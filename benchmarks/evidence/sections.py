@@ -17,6 +17,7 @@ from benchmarks.evidence.cells import (
 )
 from benchmarks.evidence.contest import contest_sections
 from benchmarks.evidence.diagnostics import diagnostic_sections
+from benchmarks.evidence.following import following_sections
 from benchmarks.evidence.peers import peer_tables
 from benchmarks.evidence.records import Record
 from benchmarks.evidence.slices import TITLES
@@ -37,6 +38,8 @@ def sections_of(summary: Summary, failed: Mapping[str, Record], out: Path) -> It
         yield _choice_on_valid(summary)
         yield from _other_metrics(summary)
         yield _slices(summary)
+    yield from following_sections(summary)
+    if summary.data_sets:
         yield _search(summary)
         yield _cost(summary)
         yield from diagnostic_sections(summary, out)

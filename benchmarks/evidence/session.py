@@ -8,11 +8,11 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from types import FrameType
 
-from benchmarks.evidence.plan import Plan, Run
+from benchmarks.evidence.plan import AnyRun, Plan
 from benchmarks.evidence.records import Ledger, Record
 from benchmarks.evidence.workers import StoppedError, Workers
 
-Execute = Callable[[Run, int], Record]
+Execute = Callable[[AnyRun, int], Record]
 """Carries out a run on a core."""
 Tell = Callable[[Record, int, float], None]
 """Hears of every record, the runs left, and the seconds that they may take."""
@@ -30,7 +30,7 @@ def carry_out(plan: Plan, ledger: Ledger, execute: Execute, cores: Sequence[int]
     """
     progress = _Progress(plan, ledger, len(cores))
     free = list(cores)
-    running: dict[Future[Record], tuple[Run, int]] = {}
+    running: dict[Future[Record], tuple[AnyRun, int]] = {}
     with ThreadPoolExecutor(len(cores)) as pool:
         while True:
             under_way = [run for run, _ in running.values()]

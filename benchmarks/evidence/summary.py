@@ -110,6 +110,11 @@ class Summary:
         """Those of all cells."""
         return [record for records in self._chosen.values() for record in records]
 
+    def sequences(self, data_set: str) -> list[Record]:
+        """Finished runs that followed a data set, in order of seed."""
+        runs = [run for run in self.plan.sequences if run.data_set == data_set]
+        return [self._done[run.id] for run in runs if run.id in self._done]
+
     def search(self, data_set: str, method: str) -> dict[str, Record]:
         """What the search saw, by option."""
         runs = self.plan.search_runs(data_set, method)
@@ -127,12 +132,7 @@ class Summary:
     def compare(self, data_set: str, method: str, base: str, metric: Metric) -> Comparison | None:
         """One method against another, not corrected; None without a common seed."""
         ours, theirs = (self.values(data_set, one, metric) for one in (method, base))
-        pairs = [(ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
-        if not pairs:
-            return None
-        differences = tuple(one - other for one, other in pairs)
-        means = (statistics.mean(side) for side in zip(*pairs, strict=True))
-        return Comparison(differences, paired_p_value(differences), None, relative_improvement(*means))
+        return compare_paired(ours, theirs)
 
     def comparisons(self, data_set: str, metric: Metric) -> dict[str, Comparison]:
         """Every other method against the baseline, by method, corrected for their number."""
@@ -173,6 +173,16 @@ class Summary:
         means = {data_set: self.means_on_valid(data_set, everywhere) for data_set in where}
         complete = {data_set: one for data_set, one in means.items() if one and len(one) == len(everywhere)}
         return Ranking({data_set: ranks(one) for data_set, one in complete.items()})
+
+
+def compare_paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Comparison | None:
+    """Values by seed against others, not corrected; None without a common seed."""
+    pairs = [(ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
+    if not pairs:
+        return None
+    differences = tuple(one - other for one, other in pairs)
+    means = (statistics.mean(side) for side in zip(*pairs, strict=True))
+    return Comparison(differences, paired_p_value(differences), None, relative_improvement(*means))
 
 
 def corrected(comparisons: Mapping[str, Comparison | None]) -> dict[str, Comparison]:

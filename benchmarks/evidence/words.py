@@ -83,6 +83,18 @@ def contest(ours: str, baselines: str) -> str:
     )
 
 
+def following(base: str) -> str:
+    """How models that follow a log are trained and tested."""
+    return (
+        "Each log is cut into periods in time order, and a model is tested on the period after the newest "
+        "one that it was trained on. Mean over the tested periods; ± is the standard deviation of that over "
+        "seeds. All ways begin with the same first model, whose own test is left out. Differences are those "
+        f"of AUC from “{base}”, paired by seed; p: Student's t-test, corrected by Holm's method for the "
+        "number of ways. Rows and seconds are those of training one update, validation included, in the "
+        "mean, on one core. The tested rows are not those of the other tables, so figures do not compare."
+    )
+
+
 def search(num_runs: int, seconds: float) -> str:
     """What the search was given."""
     return (

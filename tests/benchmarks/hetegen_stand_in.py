@@ -8,6 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
+from hetegen_rec.evaluation.incremental import SequenceResults, UpdateResult
+
 SPLITS = ("valid", "test")
 ROWS = list(range(40))
 LABELS = [row % 2 for row in ROWS]
@@ -17,11 +19,12 @@ USERS = [row + 1 for row in ROWS]
 class StandIn:
     """In the place of `hetegen_rec.cli.main`, in whichever process: everything it knows stands in files.
 
-    The AUC tells seed and `evaluation.cold_user_rows`.
+    The AUC tells seed and `evaluation.cold_user_rows`; over the periods of a log seed, way and period.
     """
 
     def __init__(self, directory):
         self._calls, self._broken = directory / "calls", directory / "broken"
+        self._stopped = directory / "stopped"
 
     def calls(self):
         """The verbs since the last time."""
@@ -37,6 +40,10 @@ class StandIn:
 
     def works(self):
         self._broken.unlink()
+
+    def is_stopped(self):
+        """From now on, models that follow a log do not reach its end."""
+        self._stopped.touch()
 
     def _take(self):
         lines = self._calls.read_text().splitlines() if self._calls.exists() else []
@@ -54,6 +61,9 @@ class StandIn:
         if self._broken.exists():
             print("error: out of luck")
             return 2
+        if verb == "incremental":
+            follow(config, last=4 - self._stopped.exists())
+            return 0
         place = Path(config["run_dir"]) / (rest[rest.index("--stage") + 1] if verb == "evaluate" else verb)
         if verb != "evaluate":
             train(config, place)
@@ -95,6 +105,21 @@ def evaluate(config, place):
     splits = dict.fromkeys(SPLITS, result)
     about = {"run": "", "stage": place.name, "checkpoint": "", "step": 9, "splits": splits}
     (place / "evaluation.json").write_text(json.dumps(about))
+
+
+def follow(config, last):
+    """Tests all ways on periods 3 to `last`, of 4; the first model is tested on period 2."""
+    ways = ("finetune", "retrain", "fesail")
+    results = SequenceResults("", "scratch", config["seed"], ways, [{"number": n} for n in (1, 2, 3, 4)])
+    for period in range(2, last + 1):
+        for place, way in enumerate(ways if period > 2 else (None,)):
+            auc = 0.6 + 0.01 * config["seed"] + 0.001 * place + 0.1 * (period - 3)
+            tested, done = {"auc": auc, "log_loss": 0.5}, {"steps": 2, "seconds": 1.5 + place}
+            rows = 100 * (place + 1) + 10 * period
+            results.updates.append(UpdateResult.of(way, period - 1, rows, done, tested))
+    place = Path(config["run_dir"]) / "incremental"
+    place.mkdir(parents=True, exist_ok=True)
+    results.write(place)
 
 
 def write(columns, place):

@@ -8,6 +8,7 @@ from tiny_run import tiny_values, write_config
 from benchmarks.evidence.grid import load_grid
 from benchmarks.evidence.plan import Plan, Run
 from benchmarks.evidence.records import Record
+from benchmarks.evidence.sequences import SequenceRun
 
 METHODS = {
     "scratch": {"title": "From scratch", "stages": ["scratch"]},
@@ -18,6 +19,7 @@ METHODS = {
     },
 }
 OTHER = {"title": "Other slices", "of": "scratch", "evaluate": {"evaluation.cold_user_rows": 9}}
+FOLLOWED = {"seeds": 2, "data_sets": {"ads": {}, "shop": {"incremental.periods": 5}}}
 SEARCH = {"light": {"click.table_l2": "1e-6"}, "strong": {"click.table_l2": 0.01}}
 
 
@@ -63,6 +65,10 @@ def record(
         commit="abc",
         error="" if status == "done" else "exit code 2: error: no luck",
     )
+
+
+def sequence_record(run: SequenceRun, ways: dict[str, dict]) -> Record:
+    return Record(run.id, run.data_set, run.method, run.option, run.seed, "done", ways=ways)
 
 
 def plan_with_strategy(directory: Path) -> Plan:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_grid import METHODS, OTHER, grid_values, plan_of, record
+from small_grid import FOLLOWED, METHODS, OTHER, grid_values, plan_of, record, sequence_record
 
 from benchmarks.evidence.comparing import holm, paired_p_value, ranks
 from benchmarks.evidence.contest import matches, verdict
@@ -261,6 +261,58 @@ def test_comparisons_are_paired_by_seed(tmp_path, plan):
     done = {run: one for run, one in finished(plan).items() if (one.method, one.seed) != ("scratch", 1)}
     found = Summary(plan, done, tmp_path).comparisons("ads", TEST_AUC)["uniform"]
     assert found.differences == pytest.approx((0.011, 0.010))
+
+
+def of_ways(aucs: dict[str, float]) -> dict[str, dict]:
+    return {
+        way: {
+            "auc": auc,
+            "log_loss": 0.5,
+            "gauc": None if way == "retrain" else 0.7,
+            "seconds": 10 * auc,
+            "rows": 12_000,
+            "auc_by_period": {"4": auc - 0.01, "5": None if way == "retrain" else auc + 0.01},
+        }
+        for way, auc in aucs.items()
+    }
+
+
+def followed(plan: Plan, data_set: str) -> dict[str, Record]:
+    """Records of a followed log: retraining gains .01 in the mean, FeSAIL chance."""
+    gains = {"finetune": (0.0, 0.0, 0.0), "retrain": (0.011, 0.010, 0.009), "fesail": (0.02, -0.02, 0.003)}
+    runs = [run for run in plan.sequences if run.data_set == data_set]
+    return {
+        run.id: sequence_record(
+            run, of_ways({way: 0.8 + 0.001 * run.seed + gain[run.seed] for way, gain in gains.items()})
+        )
+        for run in runs
+    }
+
+
+def test_ways_of_following_a_log_stand_against_one_of_them(tmp_path):
+    plan = plan_of(tmp_path, incremental={**FOLLOWED, "seeds": 3})
+    text = section(page(plan, finished(plan) | followed(plan, "ads"), tmp_path), "Following a log")
+    assert "those of AUC from “Fine-tuned”" in text.replace("\n", " ")
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    assert (
+        lines[2]
+        == "| Fine-tuned | 0.8010 ± 0.0010 | - | - | - | 0.5000 ± 0.0000 | 0.7000 ± 0.0000 | 12,000 | 8.0 |"
+    )
+    # t = .01 / (.001 / sqrt(3)) of 2 degrees of freedom; twice that is below .05, too.
+    assert lines[3].startswith("| Retrained | **0.8110 ± 0.0000** | +0.0100 ▲▲ | 0.003 | 0.007 | 0.5000")
+    assert lines[3].endswith("| - | 12,000 | 8.1 |")
+    assert "| FeSAIL | 0.8020 ± 0.0197 | +0.0010 | 0.939 | 0.939 |" in text
+    assert "| ads: AUC on period | 4 | 5 |" in text
+    assert "| Fine-tuned | 0.7910 | 0.8110 |\n| Retrained | 0.8010 | n/a |" in text
+    assert "shop" not in text
+
+
+def test_the_part_of_a_followed_log_that_there_is_is_told_as_such(tmp_path):
+    plan = plan_of(tmp_path, incremental={**FOLLOWED, "baseline": "retrain", "seeds": 3})
+    done = {run: one for run, one in followed(plan, "shop").items() if one.seed == 0}
+    text = section(page(plan, done, tmp_path), "Following a log")
+    assert "| Fine-tuned | 0.8000 (1 of 3 seeds) | -0.0110 | n/a | n/a |" in text
+    assert "| FeSAIL | **0.8200** (1 of 3 seeds) | +0.0090 | n/a | n/a |" in text
 
 
 def test_cells_are_escaped_for_both_formats():

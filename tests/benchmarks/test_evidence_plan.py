@@ -3,10 +3,20 @@
 from pathlib import Path
 
 import pytest
-from small_grid import METHODS, OTHER, grid_values, load, plan_of, plan_with_strategy, record
+from small_grid import (
+    FOLLOWED,
+    METHODS,
+    OTHER,
+    grid_values,
+    load,
+    plan_of,
+    plan_with_strategy,
+    record,
+    sequence_record,
+)
 
 from benchmarks.evidence.grid import as_arguments, load_grid
-from benchmarks.evidence.plan import Plan
+from benchmarks.evidence.plan import Plan, Run
 from hetegen_rec.config.errors import ConfigError
 
 BAD_GRIDS = {
@@ -55,7 +65,30 @@ BAD_GRIDS = {
         r"`contest.ours: family` is none of",
     ),
     "a choice among nothing": ({"choices": {"form": ["fm"]}}, r"`choices.form: fm` is none of: scratch"),
+    "a log of no data set": (
+        {"incremental": {"seeds": 1, "data_sets": {"taobao": {}}}},
+        r"`incremental.data_sets: taobao` is none of: ads, shop",
+    ),
     "an unknown key": ({"sedes": 3}, "sedes"),
+}
+
+UNFIT_LOGS = {
+    "no times": (
+        {"data_sets": {"ads": {"features.timestamp": None}}},
+        r"incremental.data_sets.ads: .*config.yaml names no `features.timestamp`",
+    ),
+    "another stage than the grid's": (
+        {"overrides": {"incremental.stage": "joint"}, "data_sets": {"ads": {}}},
+        r"makes `incremental.stage` joint, and the grid's is scratch",
+    ),
+    "a baseline that is not run": (
+        {"baseline": "retrain", "data_sets": {"ads": {"incremental.ways": ["finetune"]}}},
+        r"`incremental.baseline: retrain` is none of its ways: finetune",
+    ),
+    "too few periods": (
+        {"data_sets": {"ads": {"incremental.periods": 2}}},
+        r"incremental.data_sets.ads: .*\n.*`periods: 2` are too few",
+    ),
 }
 
 
@@ -93,6 +126,13 @@ def test_shipped_grids_resolve(tmp_path, name):
     for one in grid.data_sets.values():
         (tmp_path / (one.files or "")).mkdir(exist_ok=True)
     assert Plan(grid, tmp_path, tmp_path).pairs
+
+
+@pytest.mark.parametrize("case", UNFIT_LOGS)
+def test_a_log_that_cannot_be_followed_is_refused_before_anything_runs(tmp_path, case):
+    changes, message = UNFIT_LOGS[case]
+    with pytest.raises(ConfigError, match=message):
+        plan_of(tmp_path, incremental={"seeds": 1, **changes})
 
 
 def test_every_method_gets_the_same_epochs(plan):
@@ -146,7 +186,8 @@ def in_order(plan: Plan, score) -> list[tuple[str, str, str, int]]:
     """Every run as they come one after the other."""
     done, order = {}, []
     while run := plan.next_run(done, (), ()):
-        done[run.id] = record(run, valid=score(run))
+        is_method = isinstance(run, Run)
+        done[run.id] = record(run, valid=score(run)) if is_method else sequence_record(run, {})
         order.append((run.data_set, run.method, run.option, run.seed))
     return order
 
@@ -232,3 +273,41 @@ def test_data_sets_and_methods_choose_each_other(tmp_path):
     groups = {"family": "Ours", "rest": "Others"}
     plan = plan_of(tmp_path, methods=methods, data_sets=data_sets, groups=groups)
     assert plan.pairs == [("ads", "scratch"), ("shop", "uniform"), ("shop", "other")]
+
+
+def test_logs_are_followed_behind_everything_else_seed_after_seed(tmp_path):
+    plan = plan_of(tmp_path, incremental=FOLLOWED)
+    order = in_order(plan, lambda run: 0.7)
+    assert plan.num_runs == len(order)
+    ways = "finetune, retrain, fesail"
+    assert order[-4:] == [(name, "incremental", ways, seed) for seed in (0, 1) for name in ("ads", "shop")]
+    assert "incremental" not in {method for _, method, _, _ in order[:-4]}
+
+
+def test_a_log_is_followed_by_the_epochs_and_settings_of_its_stage(tmp_path):
+    overrides = {"click.table_l2": "1e-4", "incremental.replay_rows": 7}
+    followed = {**FOLLOWED, "stage": "joint", "overrides": overrides}
+    ads, shop = plan_of(tmp_path, incremental=followed).sequences[:2]
+    for run in (ads, shop):
+        assert run.config.incremental.stage == "joint"
+        assert run.config.incremental.replay_rows == 7
+        assert (run.config.stage("joint").epochs, run.config.stage("joint").table_l2) == (5, 1e-4)
+    assert (ads.config.incremental.periods, shop.config.incremental.periods) == (8, 5)
+    assert shop.config.data.source.seed == 1  # an override of the data set
+
+
+def test_ids_of_followed_logs_hold_no_places_and_change_no_others(tmp_path):
+    grid = load(tmp_path, incremental=FOLLOWED)
+    here, there = (Plan(grid, tmp_path / out, tmp_path / root) for out, root in (("a", "b"), ("c", "d")))
+    assert [run.id for run in here.sequences] == [run.id for run in there.sequences]
+    assert len({run.id for run in here.everything}) == len(here.everything)
+    assert [run.id for run in here.runs] == [run.id for run in plan_of(tmp_path).runs]
+
+
+def test_logs_that_are_not_there_are_not_followed(tmp_path):
+    values = grid_values(tmp_path)["data_sets"]["ads"]
+    data_sets = {"ads": values, "gone": {**values, "files": "gone"}}
+    plan = plan_of(
+        tmp_path, data_sets=data_sets, incremental={"seeds": 1, "data_sets": {"gone": {}, "ads": {}}}
+    )
+    assert [run.data_set for run in plan.sequences] == ["ads"]

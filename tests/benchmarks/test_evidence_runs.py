@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hetegen_stand_in import StandIn
-from small_grid import METHODS, grid_values, load, plan_of, plan_with_strategy, record
+from small_grid import FOLLOWED, METHODS, grid_values, load, plan_of, plan_with_strategy, record
 
 from benchmarks.evidence import __main__ as evidence
 from benchmarks.evidence import running
@@ -166,6 +166,26 @@ def test_a_stage_that_ended_before_it_was_done_is_no_result(plan, monkeypatch, d
     assert "scratch was stopped before it was done" in found.error
 
 
+def test_a_followed_log_leaves_means_by_way(tmp_path, stand_in, do):
+    found = do(plan_of(tmp_path, incremental=FOLLOWED).sequences[2])
+    assert stand_in.calls() == ["incremental"]
+    assert (found.status, found.data_set, found.seed) == ("done", "ads", 1)
+    assert list(found.ways) == ["finetune", "retrain", "fesail"]
+    retrained = found.ways["retrain"]
+    assert (retrained["auc"], retrained["log_loss"]) == pytest.approx((0.661, 0.5))
+    assert (retrained["seconds"], retrained["rows"], retrained["gauc"]) == (2.5, 235, None)
+    assert retrained["auc_by_period"] == pytest.approx({"3": 0.611, "4": 0.711})
+    assert json.loads(json.dumps(found.ways)) == found.ways
+
+
+def test_a_log_that_was_not_followed_to_its_end_is_no_result(tmp_path, stand_in, do):
+    stand_in.is_stopped()
+    found = do(plan_of(tmp_path, incremental=FOLLOWED).sequences[0])
+    assert found.status == "failed"
+    assert "incremental was stopped before it was done" in found.error
+    assert not found.ways
+
+
 def test_slices_count_users_and_items_by_their_training_rows(tmp_path):
     config = Plan(load(tmp_path), tmp_path / "out", tmp_path).first_run("ads").config
     place = Path(config.data.prepared_dir) / "test"
@@ -187,7 +207,10 @@ def test_slices_count_users_and_items_by_their_training_rows(tmp_path):
 
 def test_the_command_goes_on_until_all_is_done_and_then_does_nothing(tmp_path, stand_in, capsys):
     data_sets = {"ads": grid_values(tmp_path)["data_sets"]["ads"]}
-    load(tmp_path, data_sets=data_sets, methods={"scratch": METHODS["scratch"]}, seeds=2)
+    followed = {"seeds": 1, "data_sets": {"ads": {}}}
+    load(
+        tmp_path, data_sets=data_sets, methods={"scratch": METHODS["scratch"]}, seeds=2, incremental=followed
+    )
     results = tmp_path / "page.md"
     command = [
         str(tmp_path / "grid.yaml"),
@@ -205,12 +228,14 @@ def test_the_command_goes_on_until_all_is_done_and_then_does_nothing(tmp_path, s
     stand_in.works()
     stand_in.calls()
     assert evidence.main(command) == 0
-    assert stand_in.calls() == ["prepare", *["scratch"] * 3]  # two options, and another seed
+    scratch = ["scratch"] * 3  # two options, and another seed
+    assert sorted(stand_in.calls()) == ["incremental", "prepare", *scratch]
     assert "| From scratch | **0.6100 ± 0.0071** |" in results.read_text()
-    capsys.readouterr()
+    assert "| Retrained | 0.6510 |" in results.read_text()
+    assert "AUC 0.6500 by finetune, 0.6510 by retrain, 0.6520 by fesail" in capsys.readouterr().out
     assert evidence.main(command) == 0
     assert not stand_in.calls()
-    assert "0 of 3 runs left" in capsys.readouterr().out
+    assert "0 of 4 runs left" in capsys.readouterr().out
 
 
 def test_real_models_are_trained_scored_in_two_ways_and_compared(tmp_path, capfd):
