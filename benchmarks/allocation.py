@@ -76,9 +76,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measure(form: str, seed: int, steps: int, directory: Path, runtime: Runtime) -> Allocation:
-    """Pre-trains, where that is not done yet, and reads the log."""
+    """Pre-trains, where that is not done yet, and reads the log. Ends the program if it was asked to stop."""
     config = config_of(form, seed, steps, directory)
-    run_stage(config, "pretrain", runtime)
+    if not run_stage(config, "pretrain", runtime):
+        sys.exit("stopped before the end; the same command goes on")
     return allocation(read_run(config.run_dir).stages["pretrain"])
 
 
