@@ -129,7 +129,8 @@ def test_the_checkpoint_of_another_backbone_is_refused(verb, other, trained, tmp
     assert "model section" in error
 
 
-def test_generative_stages_refuse_a_baseline(trained, tmp_path, capfd):
-    assert run("pretrain", trained, backbone("fm"), f"run_dir={tmp_path / 'run'}") == 2
-    assert "train it with `scratch`" in capfd.readouterr().err
-    assert not (tmp_path / "run" / "pretrain" / "config.yaml").exists()
+def test_a_backbone_scores_by_tables_that_were_pretrained(trained, tmp_path):
+    here = (f"run_dir={tmp_path / 'run'}", backbone("fm"), "stages.finetune.epochs=1")
+    assert run("pretrain", trained, *here) == 0
+    assert run("finetune", trained, *here) == 0
+    assert read_evaluation(tmp_path / "run" / "finetune")["splits"]["test"]["n"] == 300
