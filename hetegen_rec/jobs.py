@@ -11,7 +11,7 @@ from typing import Any
 from hetegen_rec import terminal
 from hetegen_rec.config.data import Split
 from hetegen_rec.config.errors import ConfigError
-from hetegen_rec.config.run import RunConfig, Stage
+from hetegen_rec.config.run import CLICK_STAGES, GENERATIVE_STAGES, RunConfig, Stage
 from hetegen_rec.data.prepare import encode_files
 from hetegen_rec.data.reader import Reader
 from hetegen_rec.data.statistics import Statistics
@@ -44,9 +44,6 @@ from hetegen_rec.training.scoring import (
 from hetegen_rec.training.setup import ShardedModel, build_sharded, open_encoded, open_split
 
 logger = logging.getLogger(__name__)
-
-_CLICK_STAGES: tuple[Stage, ...] = ("finetune", "joint", "scratch")
-_GENERATIVE_STAGES: tuple[Stage, ...] = ("pretrain", "joint")
 
 
 @dataclass(frozen=True)
@@ -154,7 +151,7 @@ def _train(job: Job, stage: Stage) -> bool:
         if not finished:
             return False
         if not _is_evaluated(job, stage):
-            scored = job.config.splits() if stage in _CLICK_STAGES else ()
+            scored = job.config.splits() if stage in CLICK_STAGES else ()
             _evaluate(replace(job, stage=stage, checkpoint=None), scored)
         return True
 
@@ -195,7 +192,7 @@ def _evaluate(job: Job, scored: Iterable[Split]) -> None:
         "step": trained.checkpoint.step,
         "splits": results,
     }
-    if trained.stage in _GENERATIVE_STAGES:
+    if trained.stage in GENERATIVE_STAGES:
         evaluation["reconstruction"] = {"valid": trained.reconstruct("valid")}
     if job.runtime.is_main:
         write_evaluation(trained.directory, evaluation)
@@ -268,7 +265,7 @@ def _load_trained(job: Job) -> Trained:
 
 
 def _first_trained(config: RunConfig) -> Stage:
-    for stage in _CLICK_STAGES:
+    for stage in CLICK_STAGES:
         if config.stage_dir(stage).exists():
             return stage
     raise ConfigError(

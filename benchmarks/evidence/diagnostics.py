@@ -13,14 +13,13 @@ from benchmarks.evidence.cells import NONE
 from benchmarks.evidence.comparing import ranks
 from benchmarks.evidence.summary import Summary
 from benchmarks.evidence.tables import Row, Section, Table
-from hetegen_rec.config.run import Stage
+from hetegen_rec.config.run import GENERATIVE_STAGES
 from hetegen_rec.evaluation.plots import DIFFICULTY, RELATIVE, WEIGHT, fields_over_time
 from hetegen_rec.evaluation.report_sections import PlotCard
 from hetegen_rec.evaluation.results import FieldReconstruction, read_evaluation
 from hetegen_rec.evaluation.run_record import Series, StageRecord, read_run
 from hetegen_rec.evaluation.tables import number
 
-_GENERATIVE: tuple[Stage, ...] = ("pretrain", "joint")
 _Fields = Mapping[str, FieldReconstruction]
 
 
@@ -71,7 +70,7 @@ def _generative(summary: Summary, data_set: str, out: Path) -> Iterator[Generati
     contest = summary.grid.contest
     for method in summary.methods:
         one = summary.grid.methods[method]
-        stage = next((stage for stage in one.stages if stage in _GENERATIVE), None)
+        stage = next((stage for stage in one.stages if stage in GENERATIVE_STAGES), None)
         records = summary.records(data_set, method)
         if stage is None or not records:
             continue

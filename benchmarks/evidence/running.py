@@ -1,6 +1,5 @@
 """One run in a process of its own: its stages, its evaluation, and what that took."""
 
-import json
 import shutil
 import sys
 from dataclasses import replace
@@ -16,13 +15,12 @@ from benchmarks.evidence.verbs import Program, do_verb
 from benchmarks.evidence.workers import RunError, Workers
 from hetegen_rec import cli
 from hetegen_rec.config.data import Split
-from hetegen_rec.config.run import Stage
 from hetegen_rec.evaluation.errors import EvaluationError
 from hetegen_rec.evaluation.results import FILE_NAME as EVALUATION
 from hetegen_rec.evaluation.results import read_evaluation
 from hetegen_rec.evaluation.significance import read_predictions
 from hetegen_rec.files import replace_directory
-from hetegen_rec.training.attempts import is_done
+from hetegen_rec.training.attempts import is_done, read_done
 
 HETEGEN: Program = cli.main
 
@@ -108,7 +106,7 @@ def train_and_evaluate(program: Program, run: Run) -> None:
 
 
 def _with_results(record: Record, run: Run) -> Record:
-    seconds: dict[str, float] = {stage: _train_seconds(run, stage) for stage in run.stages}
+    seconds: dict[str, float] = {stage: read_done(run.config, stage)["seconds"] for stage in run.stages}
     return replace(record, splits=_metrics(run), train_seconds=seconds)
 
 
@@ -133,11 +131,6 @@ def _keep_predictions(run: Run, target: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(run.config.stage_dir(run.click_stage) / "predictions" / "test", partial)
     replace_directory(partial, target)
-
-
-def _train_seconds(run: Run, stage: Stage) -> float:
-    done = json.loads((run.config.stage_dir(stage) / "done.json").read_text(encoding="utf-8"))
-    return float(done["seconds"])
 
 
 def _now() -> str:

@@ -68,10 +68,7 @@ class BackboneConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "BackboneConfig":
-        read = ("name", "generate", *_SETTINGS[self.name])
-        self._refuse_unused(
-            f"with `name: {self.name}`", *(key for key in type(self).model_fields if key not in read)
-        )
+        self._refuse_all_but(f"with `name: {self.name}`", "name", "generate", *_SETTINGS[self.name])
         if self.name == "finalmlp" and (not self.hidden or self.hidden[-1] % self.num_heads):
             raise ValueError(
                 f"`hidden: {list(self.hidden)}` must end with a multiple of `num_heads: {self.num_heads}`, "

@@ -12,6 +12,10 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
 
+    def _refuse_all_but(self, reason: str, *read: str) -> None:
+        """Raises ValueError if a key that nothing reads, which are all others, differs from its default."""
+        self._refuse_unused(reason, *(key for key in type(self).model_fields if key not in read))
+
     def _refuse_unused(self, reason: str, *keys: str) -> None:
         """Raises ValueError if one of the keys differs from its default where nothing reads it."""
         for key in keys:

@@ -42,10 +42,7 @@ class ObjectiveConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "ObjectiveConfig":
-        read = ("name", *_SETTINGS[self.name])
-        self._refuse_unused(
-            f"with `name: {self.name}`", *(key for key in type(self).model_fields if key not in read)
-        )
+        self._refuse_all_but(f"with `name: {self.name}`", "name", *_SETTINGS[self.name])
         if self.name == "next_item" and self.masked is None:
             raise ValueError(
                 "`name: next_item` needs `masked`: the fields besides `features.item` that give away which "

@@ -24,6 +24,10 @@ from hetegen_rec.config.schema import Schema
 from hetegen_rec.config.values import Probability, Widths, as_tuple
 
 Stage: TypeAlias = Literal["pretrain", "finetune", "joint", "scratch"]
+GENERATIVE_STAGES: tuple[Stage, ...] = ("pretrain", "joint")
+"""Stages that reconstruct noised rows."""
+CLICK_STAGES: tuple[Stage, ...] = ("finetune", "joint", "scratch")
+"""Stages that train the click head."""
 BalanceForm: TypeAlias = Literal[
     "uniform",
     "literal",

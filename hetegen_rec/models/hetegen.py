@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hetegen_rec.config.errors import ConfigError
-from hetegen_rec.config.run import ModelConfig, Stage, StageConfig, TrainConfig
+from hetegen_rec.config.run import GENERATIVE_STAGES, ModelConfig, Stage, StageConfig, TrainConfig
 from hetegen_rec.config.schema import Schema
 from hetegen_rec.data.batch import Batch
 from hetegen_rec.data.statistics import Statistics
@@ -93,7 +93,7 @@ class HeteGenNetwork(ClickNetwork):
     @property
     def is_generative(self) -> bool:
         """Whether this stage reconstructs noised rows."""
-        return self.stage in ("pretrain", "joint")
+        return self.stage in GENERATIVE_STAGES
 
     def _freeze_unused(self) -> None:
         """What a stage does not train gets no gradient, no decay and no traffic."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchrec import KeyedTensor
 
-from hetegen_rec.config.run import ModelConfig, Stage
+from hetegen_rec.config.run import CLICK_STAGES, ModelConfig, Stage
 from hetegen_rec.config.schema import Schema
 from hetegen_rec.data.batch import Batch
 from hetegen_rec.data.statistics import Statistics
@@ -60,7 +60,7 @@ class ClickNetwork(nn.Module, ABC):
     @property
     def scores_clicks(self) -> bool:
         """Whether this stage trains the click head."""
-        return self.stage != "pretrain"
+        return self.stage in CLICK_STAGES
 
     @property
     def mask_tokens(self) -> Tensor | None:
