@@ -38,6 +38,12 @@ class Stack:
     fbgemm_gpu_cpu: str | None
     """The CPU build of fbgemm, imported under the same name as the CUDA build."""
 
+    @property
+    def is_for_scoring(self) -> bool:
+        """Whether there is a torch but neither torchrec nor fbgemm: enough to score by an artifact."""
+        others = (self.torchrec, self.fbgemm_gpu, self.fbgemm_gpu_cpu)
+        return self.torch is not None and others == (None, None, None)
+
 
 def installed_stack(
     version: Callable[[str], str] = metadata.version, find_module: Callable[[str], Path | None] | None = None

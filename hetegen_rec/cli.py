@@ -1,4 +1,4 @@
-"""`hetegen VERB --config FILE key=value ...`: every verb of the project as one command."""
+"""`hetegen VERB --config FILE key=value ...`: every verb of a run as one command."""
 
 import argparse
 import errno
@@ -24,6 +24,7 @@ from hetegen_rec.distributed.runtime import (
     start_runtime,
 )
 from hetegen_rec.evaluation.errors import EvaluationError
+from hetegen_rec.export.parity import ParityError
 from hetegen_rec.jobs import Job
 from hetegen_rec.launching.exit_codes import FAILED, LOST_PEER
 from hetegen_rec.launching.relaunch import relaunch
@@ -31,6 +32,7 @@ from hetegen_rec.locks import LockedError
 from hetegen_rec.terminal import quiet_libraries, show_log
 from hetegen_rec.training.checkpoint import CheckpointError
 from hetegen_rec.training.guard import NonFiniteError
+from hetegen_rec.verbs import RUN_VERBS, listed
 
 DEFAULT_CONFIG = "configs/movielens_100k.yaml"
 
@@ -42,6 +44,7 @@ USER_ERRORS = (
     EvaluationError,
     LockedError,
     NonFiniteError,
+    ParityError,
     PlanningError,
     SourceError,
 )
@@ -60,18 +63,20 @@ _STORAGE_ERRORS = (
 
 Verb = Callable[[Job], None]
 
-VERBS: dict[str, tuple[Verb, str]] = {
-    "prepare": (jobs.prepare_data, "count and encode raw data into shards of integer ids"),
-    "pretrain": (jobs.train("pretrain"), "generative pre-training by discrete diffusion"),
-    "finetune": (jobs.train("finetune"), "click training from the pre-trained model"),
-    "joint": (jobs.train("joint"), "clicks and reconstruction in one stage"),
-    "scratch": (jobs.train("scratch"), "the baseline: click training of the same network from nothing"),
-    "incremental": (jobs.incremental, "train over the periods of a log, each tested on the next"),
-    "evaluate": (jobs.evaluate, "AUC, LogLoss, GAUC, calibration and slices of a trained stage"),
-    "predict": (jobs.predict, "write the click probability of every row to Parquet"),
-    "report": (jobs.report, "collect what a run directory holds into report.html"),
-    "demo": (jobs.demo, "pre-train, fine-tune, compare with from-scratch, report"),
+_WORK: dict[str, Verb] = {
+    "prepare": jobs.prepare_data,
+    "pretrain": jobs.train("pretrain"),
+    "finetune": jobs.train("finetune"),
+    "joint": jobs.train("joint"),
+    "scratch": jobs.train("scratch"),
+    "incremental": jobs.incremental,
+    "evaluate": jobs.evaluate,
+    "predict": jobs.predict,
+    "export": jobs.export,
+    "report": jobs.report,
+    "demo": jobs.demo,
 }
+VERBS: dict[str, tuple[Verb, str]] = {name: (_WORK[name], text) for name, text in RUN_VERBS.items()}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -102,12 +107,11 @@ def launch(verb: str) -> None:
 
 
 def _parse_verb(arguments: Sequence[str]) -> str:
-    lines = [f"  {name:12}{text}" for name, (_, text) in VERBS.items()]
     parser = argparse.ArgumentParser(
         prog="hetegen",
         usage="hetegen VERB [options] [key=value ...]",
         description=__doc__,
-        epilog="\n".join(["verbs:", *lines, "", "`hetegen VERB --help` lists its options."]),
+        epilog=f"verbs:\n{listed()}\n\n`hetegen VERB --help` lists its options.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("verb", choices=VERBS, metavar="VERB", help="what to do")
@@ -143,8 +147,12 @@ def _parser_of(verb: str) -> argparse.ArgumentParser:
             action="store_false",
             help="leave out report.html, whose plots take seconds; `hetegen report` writes it any time",
         )
-    if verb in ("evaluate", "predict"):
+    if verb in ("evaluate", "predict", "export"):
         _add_model_options(parser)
+    if verb == "export":
+        parser.add_argument(
+            "--output", metavar="DIR", help="new directory of the artifact (default: in the run's)"
+        )
     if verb == "predict":
         _add_row_options(parser)
     return parser

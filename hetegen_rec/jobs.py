@@ -27,10 +27,12 @@ from hetegen_rec.evaluation.results import (
     write_evaluation,
 )
 from hetegen_rec.evaluation.tables import results_tables
+from hetegen_rec.export.package import Exporter, parity_split
+from hetegen_rec.export.summary import artifact_table
 from hetegen_rec.inference.scorer import Scorer
 from hetegen_rec.locks import directory_lock
 from hetegen_rec.training import stages
-from hetegen_rec.training.checkpoint import CheckpointInfo
+from hetegen_rec.training.checkpoint import CheckpointInfo, Checkpoints
 from hetegen_rec.training.held_out import measure_reconstruction
 from hetegen_rec.training.incremental import open_sequence, sequence_dir
 from hetegen_rec.training.progress import RowsProgress
@@ -111,6 +113,20 @@ def predict(job: Job) -> None:
     if job.runtime.is_main:
         logger.info("scored by %s", ", ".join(f"{key} {value}" for key, value in account.items()))
         terminal.results().print(f"predictions: {directory}")
+
+
+def export(job: Job) -> None:
+    """Writes an artifact for scoring from one stage's best checkpoint."""
+    if job.runtime.world_size > 1:
+        raise ConfigError("`export` is the work of one process; start it without --ranks and launchers")
+    found = _find_trained(job)
+    target = Path(job.output) if job.output is not None else found.directory / "artifact"
+    if job.output is not None:
+        _refuse_filled(target)
+    sample = open_split(job.config, parity_split(job.config), found.statistics, job.runtime)
+    exporter = Exporter(job.config, found.stage, found.checkpoint, found.statistics, sample)
+    terminal.results().print(artifact_table(exporter.write(target)))
+    terminal.results().print(f"artifact: {target}")
 
 
 def report(job: Job) -> None:
@@ -246,6 +262,27 @@ class Trained:
 
 
 def _load_trained(job: Job) -> Trained:
+    found = _find_trained(job)
+    model = build_sharded(job.config, found.stage, found.statistics, job.runtime)
+    stages.load_checkpoint(job.config, found.checkpoints, found.checkpoint, found.statistics, model)
+    scorer = open_scorer(job.config, found.statistics, model, job.runtime)
+    return Trained(job.config, job.runtime, found.stage, found.checkpoint, model, found.statistics, scorer)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A trained stage's checkpoint, which nothing was loaded of yet."""
+
+    stage: Stage
+    directory: Path
+    """Of the stage."""
+    statistics: Statistics
+    checkpoints: Checkpoints
+    checkpoint: CheckpointInfo
+
+
+def _find_trained(job: Job) -> Found:
+    """The checkpoint that the command line asks for. A collective."""
     config, runtime = job.config, job.runtime
     stage = job.stage or _first_trained(config)
     statistics = stages.prepare_data(config, runtime)
@@ -258,10 +295,7 @@ def _load_trained(job: Job) -> Trained:
         raise ConfigError(
             f"{checkpoints.store.location} holds no checkpoint; train that stage first: `hetegen {stage}`"
         )
-    model = build_sharded(config, stage, statistics, runtime)
-    stages.load_checkpoint(config, checkpoints, chosen, statistics, model)
-    scorer = open_scorer(config, statistics, model, runtime)
-    return Trained(config, runtime, stage, chosen, model, statistics, scorer)
+    return Found(stage, config.stage_dir(stage), statistics, checkpoints, chosen)
 
 
 def _first_trained(config: RunConfig) -> Stage:

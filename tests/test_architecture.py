@@ -10,19 +10,25 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hetegen_rec"
 ROOMS = (
     "_stack",
+    "verbs",
     "files",
     "locks",
+    "sealing",
     "terminal",
     "config",
     "data",
     "models",
     "distributed",
     "inference",
+    "scoring",
     "evaluation",
     "training",
+    "export",
     "jobs",
     "launching",
     "cli",
+    "scoring_cli",
+    "main",
 )
 """From the ground up; a module may import from its own room and from those before it."""
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

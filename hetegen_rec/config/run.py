@@ -17,6 +17,7 @@ from pydantic import (
 from hetegen_rec.config.backbone import BackboneConfig
 from hetegen_rec.config.data import DataConfig, Split
 from hetegen_rec.config.errors import Section
+from hetegen_rec.config.export import ExportConfig
 from hetegen_rec.config.incremental import IncrementalConfig, StaleIdsConfig
 from hetegen_rec.config.inference import InferenceConfig
 from hetegen_rec.config.objective import ObjectiveConfig
@@ -342,6 +343,7 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     inference: InferenceConfig = InferenceConfig()
     incremental: IncrementalConfig = IncrementalConfig()
+    export: ExportConfig = ExportConfig()
 
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":
@@ -350,6 +352,12 @@ class RunConfig(Section):
             if name not in owners:
                 raise ValueError(
                     f"`distributed.tables.{name}` is not a table; tables are: {', '.join(sorted(owners))}"
+                )
+        for name in self.export.shared_fields:
+            if name not in self.features.field_names:
+                raise ValueError(
+                    f"`export.shared_fields: {name}` is not a field; fields are: "
+                    f"{', '.join(self.features.field_names)}"
                 )
         lanes = self.data.lanes
         if lanes and self.train.batch_size % lanes:

@@ -23,7 +23,14 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from hetegen_rec.config.schema import Field, ReservedId, Schema
-from hetegen_rec.data.columns import FieldValues, field_values, labels, require_columns, timestamps
+from hetegen_rec.data.columns import (
+    FieldValues,
+    ValueType,
+    field_values,
+    labels,
+    require_columns,
+    timestamps,
+)
 from hetegen_rec.data.hashing import salt_of
 from hetegen_rec.data.raw import BadRowsError, column_keys
 from hetegen_rec.data.statistics import Statistics
@@ -49,8 +56,63 @@ def vocabulary_path(prepared_dir: str | Path, table: str) -> Path:
     return Path(prepared_dir) / VOCABULARY_DIR / f"{table}.parquet"
 
 
+class FieldEncoder:
+    """Encodes the fields of raw rows: the one way from values to ids, in training and in scoring."""
+
+    def __init__(
+        self,
+        schema: Schema,
+        vocabularies: Mapping[str, Vocabulary],
+        value_types: Mapping[str, ValueType],
+    ) -> None:
+        """Takes vocabularies and the types of the training values, both by table."""
+        self._schema, self._vocabularies, self._value_types = schema, dict(vocabularies), dict(value_types)
+
+    def columns(self, table: pa.Table, first_row: int, where: str) -> dict[str, pa.Array]:
+        """The id columns of all fields, for rows that are only scored.
+
+        Args:
+            table: the columns of `required_columns`; others are ignored.
+            first_row: index of the first row, for errors.
+            where: what the rows are of, for errors.
+
+        Raises:
+            BadRowsError: a column is missing, or its type or a value is wrong.
+        """
+        require_columns(table, self._schema, where, labelled=False)
+        return {
+            field.name: self.column(field, field_values(table, field, first_row, where), where)
+            for field in self._schema.fields
+        }
+
+    def column(self, field: Field, found: FieldValues, where: str) -> pa.Array:
+        """The id column of one field.
+
+        Raises:
+            BadRowsError: the values are of another type than those of the training rows.
+        """
+        self._require_type(field, found, where)
+        return _id_column(field, found, self.lookup(field, found.values))
+
+    def lookup(self, field: Field, values: pa.Array) -> npt.NDArray[np.int32]:
+        """[len(values)] ids of values without nulls."""
+        if pa.types.is_null(values.type):
+            return np.empty(0, np.int32)
+        return self._vocabularies[field.table_name].lookup(values)
+
+    def _require_type(self, field: Field, found: FieldValues, where: str) -> None:
+        """Values of another type than in training would all be unknown, and silently so."""
+        expected = self._value_types[field.table_name]
+        if "none" not in (expected, found.value_type) and expected != found.value_type:
+            raise BadRowsError(
+                f"{where}: column {field.column!r} of {field.kind} field {field.name!r} holds "
+                f"{found.value_type} values, but the training rows hold {expected} values; "
+                "write all shards with one type"
+            )
+
+
 class Encoder:
-    """Encodes raw tables.
+    """Encodes raw tables, with labels and what evaluation reads beside the fields.
 
     Args:
         schema: the schema.
@@ -62,7 +124,9 @@ class Encoder:
         self._schema = schema
         self._statistics = statistics
         self._exact = dict(exact)
-        self._vocabularies = {field.name: self._vocabulary(field) for field in schema.table_owners}
+        vocabularies = {field.name: self._vocabulary(field) for field in schema.table_owners}
+        types = {name: statistics.fields[name].value_type for name in vocabularies}
+        self._fields = FieldEncoder(schema, vocabularies, types)
 
     @classmethod
     def load(cls, prepared_dir: str | Path, schema: Schema) -> "Encoder":
@@ -91,8 +155,7 @@ class Encoder:
         context: dict[str, npt.NDArray[np.int64]] = {}
         for field in self._schema.fields:
             found = field_values(table, field, first_row, where)
-            self._require_type(field, found, where)
-            columns[field.name] = _id_column(field, found, self._lookup(field, found.values))
+            columns[field.name] = self._fields.column(field, found, where)
             context.update(self._context(field, found))
         clicks = (
             labels(table, self._schema, first_row, where) if labelled else np.zeros(len(table), np.float32)
@@ -112,21 +175,6 @@ class Encoder:
         edges = self._statistics.fields[field.name].bucket_edges
         return BucketVocabulary(np.empty(0) if edges is None else edges)
 
-    def _lookup(self, field: Field, values: pa.Array) -> npt.NDArray[np.int32]:
-        if pa.types.is_null(values.type):
-            return np.empty(0, np.int32)
-        return self._vocabularies[field.table_name].lookup(values)
-
-    def _require_type(self, field: Field, found: FieldValues, where: str) -> None:
-        """Values of another type than in training would all be unknown, and silently so."""
-        expected = self._statistics.fields[field.table_name].value_type
-        if "none" not in (expected, found.value_type) and expected != found.value_type:
-            raise BadRowsError(
-                f"{where}: column {field.column!r} of {field.kind} field {field.name!r} holds "
-                f"{found.value_type} values, but the training rows hold {expected} values; "
-                "write all shards with one type"
-            )
-
     def _context(self, field: Field, found: FieldValues) -> dict[str, npt.NDArray[np.int64]]:
         """The columns for evaluation that come from this field."""
         context = {}
@@ -145,7 +193,7 @@ class Encoder:
         if exact is not None:
             return exact.rows_of(exact.positions(values))
         counts = self._statistics.fields[field.name].counts
-        return counts[self._lookup(field, values)]
+        return counts[self._fields.lookup(field, values)]
 
 
 def _by_row(found: FieldValues, values: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -122,6 +122,13 @@ def init_tables(model: DistributedModelParallel, seed: int, std: float) -> None:
             _fill_normal(shard.tensor, (row, column), dim, salt, std)
 
 
+def initial_rows(table: str, start: int, stop: int, dim: int, seed: int, std: float) -> torch.Tensor:
+    """[stop - start, dim]: what `init_tables` fills these rows of a table with."""
+    rows = torch.empty(stop - start, dim)
+    _fill_normal(rows, (start, 0), dim, salt_of(f"{seed}/{table}"), std)
+    return rows
+
+
 def _fill_normal(shard: torch.Tensor, offsets: tuple[int, int], dim: int, salt: int, std: float) -> None:
     """Fills one shard, whose first cell is at `offsets` of a table `dim` wide, in bounded memory."""
     rows, columns = shard.shape

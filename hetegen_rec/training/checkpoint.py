@@ -26,7 +26,8 @@ from hetegen_rec.distributed.optimizer_state import canonical_optimizer_state
 from hetegen_rec.distributed.runtime import Runtime
 from hetegen_rec.distributed.sharding import global_shape, tables_in
 from hetegen_rec.models.reconstruction import vocabulary_parameters
-from hetegen_rec.training.checkpoint_store import Store, damaged_files, unsealed
+from hetegen_rec.sealing import unsealed
+from hetegen_rec.training.checkpoint_store import Store, damaged_files
 from hetegen_rec.training.load_plan import (
     GrowingLoadPlanner,
     grown_parameters,
@@ -232,7 +233,7 @@ class Checkpoints:
             own = optimizer.state_dict()
             state["optimizer"] = canonical_optimizer_state(own)
             shapes = shapes_over_ranks(state["optimizer"], self._runtime)
-        self._check_tables(info, tables)
+        self.check_tables(info, tables)
         self._check_parameters(info, state["model"])
         stored_rows = {name: rows for name, (rows, _) in info.tables.items()}
         grown = grown_parameters(state["model"], vocabulary_parameters(model.module), stored_rows)
@@ -264,7 +265,7 @@ class Checkpoints:
             if name in info.identities and identity.grown_from(info.identities[name])
         }
 
-    def _check_tables(self, info: CheckpointInfo, here: Mapping[str, tuple[int, ...]]) -> None:
+    def check_tables(self, info: CheckpointInfo, here: Mapping[str, tuple[int, ...]]) -> None:
         """Refuses tables of another size, unless they have grown, and ids that stand for other values."""
         grown = {name for name in self.grown_tables(info) if info.tables[name][1:] == here[name][1:]}
         differences = [

@@ -6,7 +6,6 @@ its marker is written, last and in one piece.
 
 import hashlib
 import io
-import json
 import os
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
@@ -192,27 +191,6 @@ class _DigestingStream(io.RawIOBase):
 
     def description(self) -> dict[str, Any]:
         return {"bytes": self._bytes, "sha256": self._digest.hexdigest()}
-
-
-def sealed(content: Mapping[str, Any]) -> str:
-    """JSON text of a mapping with a digest of itself in it."""
-    return json.dumps({"sha256": _digest_of(content), **content}, indent=1)
-
-
-def unsealed(text: str) -> dict[str, Any]:
-    """The content of `sealed`, checked.
-
-    Raises:
-        ValueError: it was changed, or cut off.
-    """
-    content: dict[str, Any] = json.loads(text)
-    if not isinstance(content, dict) or content.pop("sha256", None) != _digest_of(content):
-        raise ValueError("its own checksum does not fit")
-    return content
-
-
-def _digest_of(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _last(path: str) -> str:

@@ -21,6 +21,7 @@ from torchrec.optim.keyed import KeyedOptimizer
 from hetegen_rec.distributed.optimizer_state import canonical_optimizer_state
 from hetegen_rec.distributed.runtime import Runtime
 from hetegen_rec.distributed.sharding import global_shape, tables_in
+from hetegen_rec.sealing import sealed, unsealed
 from hetegen_rec.training.checkpoint import (
     FORMAT_VERSION,
     METADATA,
@@ -33,7 +34,6 @@ from hetegen_rec.training.checkpoint import (
     step_name,
     written_steps,
 )
-from hetegen_rec.training.checkpoint_store import sealed, unsealed
 from hetegen_rec.training.staging import HostCopies
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,83 @@
+"""The back ends of an artifact: its network as a function of ids and tables, in three forms."""
+
+import importlib
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from hetegen_rec.config.export import Backend
+from hetegen_rec.scoring.errors import ArtifactError
+from hetegen_rec.scoring.hardware import this_hardware
+from hetegen_rec.scoring.manifest import Artifact, BackendEntry
+
+Graph: TypeAlias = Callable[[Tensor, list[Tensor]], Tensor]
+"""ids [B, S] int64 and tables -> [B] float32 probabilities."""
+
+_PREFERENCE: tuple[Backend, ...] = ("aoti", "fbgemm", "aten")
+"""Fast ones first."""
+
+
+def choose_backend(artifact: Artifact, wanted: Backend | None) -> Backend:
+    """The back end to score by: the wanted one, or the fastest that can run here.
+
+    Raises:
+        ArtifactError: the artifact does not have it, or none of its back ends can run here.
+    """
+    entries = artifact.manifest.backends
+    if wanted is not None:
+        if wanted not in entries:
+            raise ArtifactError(
+                f"{artifact.root}: no back end {wanted!r}; it has {', '.join(entries)}. Export it with "
+                f"`export.backends=[{wanted}]`"
+            )
+        problem = _problem(entries[wanted])
+        if problem is not None:
+            raise ArtifactError(f"{artifact.root}: back end {wanted} cannot run here: {problem}")
+        return wanted
+    problems = []
+    for name in _PREFERENCE:
+        if name in entries:
+            problem = _problem(entries[name])
+            if problem is None:
+                return name
+            problems.append(f"{name}: {problem}")
+    raise ArtifactError(f"{artifact.root}: no back end can run here: {'; '.join(problems)}")
+
+
+def load_graph(artifact: Artifact, name: Backend) -> Graph:
+    """Loads a back end that `choose_backend` returned."""
+    path = str(artifact.path(artifact.manifest.backends[name].file))
+    if name == "aoti":
+        return torch._inductor.aoti_load_package(path)
+    if name == "fbgemm":
+        importlib.import_module("fbgemm_gpu")  # registers the operators that the graph calls
+    module: Graph = torch.export.load(path).module()
+    return module
+
+
+def _problem(entry: BackendEntry) -> str | None:
+    """Why a back end cannot run here; None if it can."""
+    for library, version in entry.libraries.items():
+        found = _version(library)
+        if found is None:
+            return f"{library} is not installed; install version {version}"
+        if entry.hardware is not None and found.split("+")[0] != version.split("+")[0]:
+            return f"it was compiled with {library} {version}, but {found} is installed; export it again"
+    if entry.hardware is None:
+        return None
+    missing = entry.hardware.missing_on(this_hardware())
+    if missing:
+        return (
+            f"it was compiled for another processor, with {', '.join(missing)}; export it on a machine like "
+            "this one, or use the back end aten"
+        )
+    return None
+
+
+def _version(library: str) -> str | None:
+    try:
+        return str(importlib.import_module(library.replace("-", "_")).__version__)
+    except ImportError:
+        return None

@@ -1,0 +1,63 @@
+"""Rows in the forms in which callers have them, as one Arrow table."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeAlias
+
+import pyarrow as pa
+
+from hetegen_rec.config.schema import Schema
+from hetegen_rec.data.raw import DataError
+
+Row: TypeAlias = Mapping[str, Any]
+"""A row by its columns; a column that it lacks is a missing value."""
+Rows: TypeAlias = Any
+"""Rows as a list of `Row`, a pyarrow Table or RecordBatch, or a pandas or polars data frame."""
+
+
+def as_table(rows: Rows, schema: Schema, columns: Iterable[str]) -> pa.Table:
+    """The columns of rows that are read, as an Arrow table.
+
+    Args:
+        rows: see `Rows`. Columns beside those that are read do no harm.
+        schema: the fields.
+        columns: of the raw data, those to read.
+
+    Raises:
+        DataError: they are none of these forms, or a column holds values that do not fit together.
+    """
+    names = list(columns)
+    if isinstance(rows, pa.Table):
+        return rows
+    if isinstance(rows, pa.RecordBatch):
+        return pa.Table.from_batches([rows])
+    if hasattr(rows, "to_arrow"):  # polars
+        return rows.to_arrow()
+    if hasattr(rows, "iloc"):  # pandas
+        return pa.Table.from_pandas(rows[[name for name in names if name in rows]], preserve_index=False)
+    if isinstance(rows, Iterable) and not isinstance(rows, Mapping | str | bytes):
+        return _of_mappings(list(rows), schema, names)
+    raise DataError(
+        f"rows are {type(rows).__name__}; give a list of dictionaries, an Arrow table, or a pandas or polars "
+        "data frame"
+    )
+
+
+def _of_mappings(rows: list[Row], schema: Schema, names: list[str]) -> pa.Table:
+    for place, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise DataError(f"row {place} is {type(row).__name__}, not a dictionary of columns")
+    lists = {field.column for field in schema.fields if field.is_list}
+    columns = {}
+    for name in names:
+        try:
+            columns[name] = _array([row.get(name) for row in rows], is_list=name in lists)
+        except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError) as error:
+            raise DataError(
+                f"column {name!r}: {error}; all its values must be of one type, that of the training rows"
+            ) from error
+    return pa.table(columns)
+
+
+def _array(values: list[Any], *, is_list: bool) -> pa.Array:
+    array = pa.array(values)
+    return array.cast(pa.list_(pa.null())) if is_list and pa.types.is_null(array.type) else array
