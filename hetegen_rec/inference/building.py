@@ -20,9 +20,9 @@ from hetegen_rec.data.sketch import CombinationCounts
 from hetegen_rec.data.statistics import Statistics
 from hetegen_rec.distributed.runtime import Runtime
 from hetegen_rec.inference.feature_paths import FeaturePaths
-from hetegen_rec.inference.lookup import Lookup
+from hetegen_rec.inference.lookup import BatchRows, Lookup
 from hetegen_rec.inference.regeneration import Regenerator, look_up_candidates
-from hetegen_rec.inference.strategy import Rows, Strategy
+from hetegen_rec.inference.strategy import Strategy
 from hetegen_rec.inference.symmetric import Symmetric
 from hetegen_rec.inference.uncertainty import Uncertainty, threshold_of
 from hetegen_rec.models.hetegen import HeteGenNetwork
@@ -46,13 +46,13 @@ class TrainedModel:
     """Opens a split to read every row once."""
 
 
-def build_strategy(model: TrainedModel) -> Strategy:
+def build_strategy(model: TrainedModel) -> Strategy[BatchRows]:
     """Builds the strategy that the configuration asks for, which is another than `plain`. A collective.
 
     Raises:
         ConfigError: the model cannot do it; the message says what to do.
     """
-    builders: dict[str, Callable[[TrainedModel], Strategy]] = {
+    builders: dict[str, Callable[[TrainedModel], Strategy[BatchRows]]] = {
         "symmetric": _symmetric,
         "feature_paths": _feature_paths,
         "uncertainty": _uncertainty,
@@ -60,7 +60,7 @@ def build_strategy(model: TrainedModel) -> Strategy:
     return builders[model.config.inference.strategy](model)
 
 
-def _symmetric(model: TrainedModel) -> Strategy:
+def _symmetric(model: TrainedModel) -> Symmetric:
     network, config = model.lookup.network, model.config
     if (
         not isinstance(network, HeteGenNetwork)
@@ -84,7 +84,7 @@ def _symmetric(model: TrainedModel) -> Strategy:
     return Symmetric(network, regenerator, config.features, settings, config.inference.seed)
 
 
-def _feature_paths(model: TrainedModel) -> Strategy:
+def _feature_paths(model: TrainedModel) -> FeaturePaths:
     inference = model.config.inference
     counts = count_combinations(model)
     if model.runtime.is_main and counts.overestimate > inference.feature_paths.reliable_count:
@@ -104,7 +104,7 @@ def _feature_paths(model: TrainedModel) -> Strategy:
     )
 
 
-def _uncertainty(model: TrainedModel) -> Strategy:
+def _uncertainty(model: TrainedModel) -> Uncertainty:
     inference = model.config.inference
     settings = inference.uncertainty
     strategy = Uncertainty(model.lookup.network, model.statistics, _dropped(model), settings, inference.seed)
@@ -123,7 +123,7 @@ def _uncertainties(model: TrainedModel, strategy: Uncertainty) -> NDArray[np.flo
     for batch in model.open_split("valid").epoch(Cursor()):
         here = batch.to(runtime.device)
         with lookup.scoring(runtime.device.type):
-            found = strategy.first_pass(Rows(lookup.tokens(here.kjt), here)).uncertainty
+            found = strategy.first_pass(BatchRows.of(lookup.tokens(here.kjt), here)).uncertainty
         parts.append(found[here.row_ids >= 0].cpu().numpy())
     of_all: NDArray[np.float32] = np.concatenate(runtime.gather(np.concatenate(parts)))
     return of_all

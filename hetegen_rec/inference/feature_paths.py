@@ -14,9 +14,8 @@ from torch import Tensor
 from hetegen_rec.config.inference import FeaturePathsConfig
 from hetegen_rec.config.schema import Schema
 from hetegen_rec.data.sketch import CombinationCounts
-from hetegen_rec.inference.noise import path_noise
-from hetegen_rec.inference.strategy import Rows, Scored, every_row
-from hetegen_rec.models.network import ClickNetwork
+from hetegen_rec.inference.noise import path_noise, row_keys
+from hetegen_rec.inference.strategy import Network, Rows, Scored, every_row
 
 _LEAST_WEIGHT = 1e-6  # of the full path, where no combination of a row was ever seen
 
@@ -34,7 +33,7 @@ class FeaturePaths:
 
     def __init__(
         self,
-        network: ClickNetwork,
+        network: Network,
         counts: CombinationCounts,
         dropped: Tensor,
         schema: Schema,
@@ -81,8 +80,9 @@ class FeaturePaths:
         confidence = confidence.to(rows.tokens.device, torch.float32)
         weight = confidence.mean(1) + _LEAST_WEIGHT
         total, weights = weight * full, weight
+        keys = row_keys(rows.ids)
         for path in range(self._num_paths):
-            kept = path_noise(rows.batch.row_ids, keep.shape[1], self._seed, path) < keep
+            kept = path_noise(keys, keep.shape[1], self._seed, path) < keep
             probabilities, shortened = self._score_path(rows, kept, full)
             weight = self._familiarity(confidence, kept)
             total, weights = total + weight * probabilities, weights + weight
@@ -95,7 +95,7 @@ class FeaturePaths:
         Of double precision, so that whether a cell is kept does not hang on how a batch is summed up.
         """
         counts, num_rows = self._counts, max(self._counts.num_rows, 1)
-        seen = counts.estimate(rows.batch.ids.cpu().numpy())
+        seen = counts.estimate(rows.ids.cpu().numpy())
         singles, *larger = counts.sets_of_order
         values = seen[:, : len(singles)]
         of_values = np.minimum(values / self._enough, 1.0)  # [B, F]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -9,9 +10,23 @@ from torchrec import KeyedJaggedTensor
 from torchrec.distributed import DistributedModelParallel
 
 from hetegen_rec.config.schema import ReservedId, Schema
+from hetegen_rec.data.batch import Batch
+from hetegen_rec.inference.strategy import Rows
 from hetegen_rec.models.network import ClickNetwork
 
 _ROWS_AT_ONCE = 1024  # of a lookup of given ids
+
+
+@dataclass(frozen=True)
+class BatchRows(Rows):
+    """The looked-up rows of a batch."""
+
+    batch: Batch
+
+    @classmethod
+    def of(cls, tokens: Tensor, batch: Batch) -> "BatchRows":
+        """The rows of a batch, by their tokens [B, T, D]."""
+        return cls(tokens, batch.ids, batch.log_rate, batch)
 
 
 class Lookup:

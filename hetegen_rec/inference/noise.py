@@ -3,17 +3,30 @@
 import torch
 from torch import Tensor
 
-from hetegen_rec.data.hashing import salt_of, uniform_torch
+from hetegen_rec.data.hashing import mix64_torch, salt_of, uniform_torch
+
+_KEY_SALT = salt_of("inference/row")
 
 
-def path_noise(row_ids: Tensor, num_cells: int, seed: int, path: int) -> Tensor:
-    """[B, num_cells] in [0, 1): the same for a row wherever it is scored.
+def row_keys(ids: Tensor) -> Tensor:
+    """[B] int64: a hash of what a row holds, the sum of the hashes of its cells modulo 2**64.
 
     Args:
-        row_ids: [B] index of the row in its split.
+        ids: [B, T] of its tokens, -1 where there is none.
+    """
+    num_tokens = ids.shape[1]
+    cells = ids * num_tokens + torch.arange(num_tokens, device=ids.device)  # differs for all (id, place)
+    return mix64_torch(cells, _KEY_SALT).sum(1)
+
+
+def path_noise(keys: Tensor, num_cells: int, seed: int, path: int) -> Tensor:
+    """[B, num_cells] in [0, 1): the same for equal rows, wherever they are scored.
+
+    Args:
+        keys: [B] of `row_keys`.
         num_cells: of a row.
         seed: another seed gives other numbers.
         path: which path of the row.
     """
-    cells = torch.arange(num_cells, device=row_ids.device)
-    return uniform_torch(row_ids[:, None] * num_cells + cells, salt_of(f"inference/{seed}/{path}"))
+    cells = torch.arange(num_cells, device=keys.device)
+    return uniform_torch(keys[:, None] * num_cells + cells, salt_of(f"inference/{seed}/{path}"))

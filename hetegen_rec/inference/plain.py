@@ -2,14 +2,13 @@
 
 from collections.abc import Mapping
 
-from hetegen_rec.inference.strategy import Rows, Scored, every_row
-from hetegen_rec.models.network import ClickNetwork
+from hetegen_rec.inference.strategy import Network, Rows, Scored, every_row
 
 
 class Plain:
     """Scores a row as training validates it."""
 
-    def __init__(self, network: ClickNetwork) -> None:
+    def __init__(self, network: Network) -> None:
         self._network = network
 
     @property

@@ -15,8 +15,7 @@ from torch.nn import functional
 
 from hetegen_rec.config.schema import NUM_RESERVED_IDS, Schema
 from hetegen_rec.data.statistics import Statistics
-from hetegen_rec.inference.lookup import Lookup
-from hetegen_rec.inference.strategy import Rows
+from hetegen_rec.inference.lookup import BatchRows, Lookup
 from hetegen_rec.models.reconstruction import Reconstruction
 
 
@@ -59,7 +58,7 @@ class Regenerator:
         """The fields whose cells can be judged."""
         return frozenset(self._candidates)
 
-    def judge(self, field: str, token: int, hidden: Tensor, rows: Rows) -> Judgement:
+    def judge(self, field: str, token: int, hidden: Tensor, rows: BatchRows) -> Judgement:
         """Judges a token that was masked when the denoiser saw the rows.
 
         Args:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from hetegen_rec.data.batch import Batch
 from hetegen_rec.distributed.runtime import Runtime
-from hetegen_rec.inference.lookup import Lookup
+from hetegen_rec.inference.lookup import BatchRows, Lookup
 from hetegen_rec.inference.plain import Plain
-from hetegen_rec.inference.strategy import Rows, Strategy
+from hetegen_rec.inference.strategy import Strategy
 
 T = TypeVar("T")
 
@@ -52,7 +52,7 @@ class Scorer:
     Seconds are measured on batches 1, 2, 4, 8 and so on, which are scored plainly once more for it.
     """
 
-    def __init__(self, lookup: Lookup, name: str, strategy: Strategy, runtime: Runtime) -> None:
+    def __init__(self, lookup: Lookup, name: str, strategy: Strategy[BatchRows], runtime: Runtime) -> None:
         """Args: name: of the strategy, for what is told of it."""
         self._lookup, self._name, self._strategy, self._runtime = lookup, name, strategy, runtime
         self._plain = Plain(lookup.network)
@@ -64,7 +64,7 @@ class Scorer:
         self._num_batches += 1
         with self._lookup.scoring(self._runtime.device.type):
             tokens, looking_up = self._timed(lambda: self._lookup.tokens(batch.kjt))
-            rows = Rows(tokens, batch)
+            rows = BatchRows.of(tokens, batch)
             scored, scoring = self._timed(lambda: self._strategy.score(rows))
             if self._num_batches & (self._num_batches - 1) == 0:
                 _, plain = self._timed(lambda: self._plain.score(rows))

@@ -1,13 +1,23 @@
-"""What a test-time strategy is given, and what it gives back."""
+"""What a test-time strategy is given, and what it gives back.
+
+Strategies know tensors and a network that scores them, so the same ones serve a sharded model and an
+artifact.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from hetegen_rec.data.batch import Batch
+
+class Network(Protocol):
+    """What scores tokens: the replicated part of a model, or what was exported of it."""
+
+    def score(self, tokens: Tensor, present: Tensor) -> Tensor:
+        """Tokens [B, T, D] and whether each exists, [B, T] bool -> click logits [B]."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -16,13 +26,18 @@ class Rows:
 
     tokens: Tensor
     """[B, T, D]: table rows, projected."""
-    batch: Batch
-    """The batch that they belong to."""
+    ids: Tensor
+    """[B, T] int64: the (first) id of each token, -1 where there is none."""
+    log_rate: Tensor
+    """[B, T] float32: log of how often a training row looks this id up (see `Batch.log_rate`)."""
 
     @property
     def present(self) -> Tensor:
         """[B, T] bool: False for positions that do not exist."""
-        return self.batch.ids >= 0
+        return self.ids >= 0
+
+
+RowsT_contra = TypeVar("RowsT_contra", bound=Rows, contravariant=True)
 
 
 @dataclass(frozen=True)
@@ -35,10 +50,11 @@ class Scored:
     """[B] float: passes of the network that the row took."""
 
 
-class Strategy(Protocol):
+class Strategy(Protocol[RowsT_contra]):
     """Scores looked-up rows by passes of the replicated network, without a collective.
 
-    Nothing may depend on which rows stand in a batch together: scores are the same on any number of ranks.
+    Nothing may depend on which rows stand in a batch together, or on where a row stands in its file: equal
+    rows have equal scores, on any number of ranks and in an artifact.
     """
 
     @property
@@ -46,7 +62,7 @@ class Strategy(Protocol):
         """What evaluation.json tells of it, besides its name and cost."""
         ...
 
-    def score(self, rows: Rows) -> Scored:
+    def score(self, rows: RowsT_contra) -> Scored:
         """Scores every row."""
         ...
 

@@ -14,8 +14,9 @@ from torch import Tensor
 from hetegen_rec.config.inference import SymmetricConfig
 from hetegen_rec.config.schema import NUM_RESERVED_IDS, Schema
 from hetegen_rec.data.hashing import salt_of, uniform
+from hetegen_rec.inference.lookup import BatchRows
 from hetegen_rec.inference.regeneration import Regenerator
-from hetegen_rec.inference.strategy import Rows, Scored, every_row
+from hetegen_rec.inference.strategy import Scored, every_row
 from hetegen_rec.models.hetegen import HeteGenNetwork
 
 
@@ -51,7 +52,7 @@ class Symmetric:
         """How often every cell is judged."""
         return {"rounds": len(self._rounds)}
 
-    def score(self, rows: Rows) -> Scored:
+    def score(self, rows: BatchRows) -> Scored:
         """Repairs the rows, round after round, and scores what comes out."""
         tokens = rows.tokens
         for folds in self._rounds:
@@ -63,7 +64,7 @@ class Symmetric:
         logits = self._network.score(tokens, rows.present)
         return Scored(logits.sigmoid(), every_row(rows, self._passes))
 
-    def _judge(self, tokens: Tensor, folds: list[list[int]], rows: Rows) -> tuple[Tensor, Tensor]:
+    def _judge(self, tokens: Tensor, folds: list[list[int]], rows: BatchRows) -> tuple[Tensor, Tensor]:
         """How plausible each looked-up cell is beside `tokens` [B, T, D], and what it should be.
 
         Returns:
@@ -79,9 +80,9 @@ class Symmetric:
                     found = self._regenerator.judge(field, place, hidden, rows)
                     log_odds[:, place] = found.lift + self._prior_log_odds
                     expected[:, place] = found.expected.to(tokens.dtype)
-        return log_odds.masked_fill(rows.batch.ids < NUM_RESERVED_IDS, math.inf), expected
+        return log_odds.masked_fill(rows.ids < NUM_RESERVED_IDS, math.inf), expected
 
-    def _denoise_without(self, tokens: Tensor, fold: list[int], rows: Rows) -> Tensor:
+    def _denoise_without(self, tokens: Tensor, fold: list[int], rows: BatchRows) -> Tensor:
         """[B, T + 1, D]: what the denoiser says of rows in which the fold is masked."""
         masks = self._network.denoiser_masks
         assert masks is not None

@@ -8,6 +8,7 @@ an ensemble weighted by consistency; the mean cost is about 2.8 passes. The form
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -15,14 +16,26 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hetegen_rec.config.inference import UncertaintyConfig
-from hetegen_rec.data.statistics import Statistics
-from hetegen_rec.inference.noise import path_noise
-from hetegen_rec.inference.strategy import Rows, Scored, every_row
-from hetegen_rec.models.network import ClickNetwork
+from hetegen_rec.inference.noise import path_noise, row_keys
+from hetegen_rec.inference.strategy import Network, Rows, Scored, every_row
 
 _RAMP = 0.1  # share of the threshold above it over which the ensemble takes over from the first pass
 _LEAST_THRESHOLD = 1e-6  # below which a row has no unreliable cell
 _LEAST_VARIANCE = 1e-12  # of the logits of paths that agree
+
+
+class Clicks(Protocol):
+    """What `Statistics` knows of clicks, and an artifact too."""
+
+    @property
+    def num_rows(self) -> int:
+        """Training rows."""
+        ...
+
+    @property
+    def num_positives(self) -> int:
+        """Those with a click."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -47,8 +60,8 @@ class Uncertainty:
 
     def __init__(
         self,
-        network: ClickNetwork,
-        statistics: Statistics,
+        network: Network,
+        clicks: Clicks,
         dropped: Tensor,
         config: UncertaintyConfig,
         seed: int,
@@ -58,15 +71,15 @@ class Uncertainty:
 
         Args:
             network: scores rows.
-            statistics: of the training rows.
+            clicks: of the training rows.
             dropped: [T, D], what stands for a dropped token.
             config: how many paths.
             seed: of the paths.
             threshold: uncertainty from which rows get them.
         """
         self._network, self._dropped, self._config, self._seed = network, dropped, config, seed
-        self._num_rows = statistics.num_rows
-        rate = (statistics.num_positives + 0.5) / (statistics.num_rows + 1.0)
+        self._num_rows = clicks.num_rows
+        rate = (clicks.num_positives + 0.5) / (clicks.num_rows + 1.0)
         self._base_logit = float(np.log(rate) - np.log1p(-rate))
         self.threshold = threshold
 
@@ -108,18 +121,18 @@ class Uncertainty:
         Counts are taken back out of their logarithms, to a half, which stands for "never" (see
         `Statistics.log_rate`). Of double precision, so that no cell's fate hangs on the size of a batch.
         """
-        seen = torch.round(2.0 * rows.batch.log_rate.double().exp() * self._num_rows) / 2.0
+        seen = torch.round(2.0 * rows.log_rate.double().exp() * self._num_rows) / 2.0
         reliability = (seen / self._config.reliable_count).clamp(max=1.0)
         return torch.where(rows.present, reliability, 1.0)
 
     def _ensemble(self, rows: Rows, first: FirstPass, index: Tensor) -> Tensor:
         """[n] probabilities of the rows at `index` [n]: of all passes, weighted by their consistency."""
         clean, present, reliability = rows.tokens[index], rows.present[index], first.reliability[index]
-        row_ids = rows.batch.row_ids[index]
+        keys = row_keys(rows.ids[index])
         stand_in = self._dropped.to(clean.dtype)
         logits = [first.logits[index]]
         for path in range(self._config.paths):
-            kept = path_noise(row_ids, reliability.shape[1], self._seed, path) < reliability
+            kept = path_noise(keys, reliability.shape[1], self._seed, path) < reliability
             tokens = torch.where(kept[..., None], clean, stand_in)
             logits.append(self._network.score(tokens, present))
         return consistent_mean(torch.stack(logits))
