@@ -15,7 +15,7 @@ from hetegen_rec.config.export import Backend, TablePrecision
 from hetegen_rec.config.run import ModelConfig, StageConfig, TrainConfig
 from hetegen_rec.config.schema import NUM_RESERVED_IDS, Field, Schema
 from hetegen_rec.data.statistics import FieldStatistics, Statistics
-from hetegen_rec.export.compile import compile_graph
+from hetegen_rec.export.compile import compile_graph, row_encoder
 from hetegen_rec.export.graph import ScoringGraph
 from hetegen_rec.files import replace_directory
 from hetegen_rec.models.embedding import table_shapes
@@ -95,9 +95,9 @@ def write_tiny_artifact(
     shapes = table_shapes(SCHEMA, statistics, _MODEL.dim)
     dims = {shape.name: shape.dim for shape in shapes}
     rows = {shape.name: shape.num_rows for shape in shapes}
-    groups = make_groups(dims, rows, precision)
+    groups = make_groups(dims, rows, precision, backends)
     generator = torch.Generator().manual_seed(seed)
-    with writing(partial, groups, rows, precision) as writers:
+    with writing(partial, groups, rows, row_encoder(precision, backends, dims)) as writers:
         for table, writer in writers.items():
             writer.write(table, 0, torch.randn(rows[table], dims[table], generator=generator))
     manifest = Manifest(
@@ -120,9 +120,9 @@ def write_tiny_artifact(
     )
     model = build_model(SCHEMA, statistics, _MODEL, TrainConfig(), "scratch", StageConfig(), seed)
     layout = Layout(SCHEMA)
-    graph = ScoringGraph(model.network.eval(), layout, dims, precision, "fp32")
-    tables = map_tables(Artifact(partial, manifest), layout)
     for backend in backends:
+        graph = ScoringGraph(model.network.eval(), layout, dims, precision, "fp32", backend)
+        tables = map_tables(Artifact(partial, manifest), layout, backend)
         manifest.backends[backend] = compile_graph(graph, tables, backend, partial)
     manifest = manifest.model_copy(update={"files": describe_files(partial)})
     write_manifest(partial, manifest)

@@ -27,7 +27,7 @@ from hetegen_rec.data.statistics import Statistics
 from hetegen_rec.data.vocabulary import ExactVocabulary
 from hetegen_rec.distributed.sharding import initial_rows
 from hetegen_rec.evaluation.results import read_evaluation
-from hetegen_rec.export.compile import compile_graph
+from hetegen_rec.export.compile import compile_graph, row_encoder
 from hetegen_rec.export.graph import ScoringGraph
 from hetegen_rec.export.parity import compare, require_parity
 from hetegen_rec.export.reference import Reference
@@ -105,8 +105,9 @@ class Exporter:
         config = self._config.export
         network = self._network()
         reference = Reference(self._config.features, self._dims, self._batches)
-        groups = make_groups(self._dims, self._rows, config.tables)
-        with writing(root, groups, self._rows, config.tables) as writers:
+        groups = make_groups(self._dims, self._rows, config.tables, config.backends)
+        encode = row_encoder(config.tables, config.backends, self._dims)
+        with writing(root, groups, self._rows, encode) as writers:
             for table in self._dims:
                 for first_row, rows in self._table(table):
                     writers[table].write(table, first_row, rows)
@@ -129,10 +130,10 @@ class Exporter:
             parity={},
             files={},
         )
-        graph = ScoringGraph(network, self._layout, self._dims, config.tables, config.dense)
-        tables = map_tables(Artifact(root, manifest), self._layout)
         for backend in config.backends:
             logger.info("compiling the network for %s", backend)
+            graph = ScoringGraph(network, self._layout, self._dims, config.tables, config.dense, backend)
+            tables = map_tables(Artifact(root, manifest), self._layout, backend)
             manifest.backends[backend] = compile_graph(graph, tables, backend, root)
         manifest = manifest.model_copy(update={"files": describe_files(root)})
         write_manifest(root, manifest)

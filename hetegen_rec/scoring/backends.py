@@ -79,5 +79,5 @@ def _problem(entry: BackendEntry) -> str | None:
 def _version(library: str) -> str | None:
     try:
         return str(importlib.import_module(library.replace("-", "_")).__version__)
-    except ImportError:
+    except (ImportError, OSError):  # OSError: it is there, but not what it links to
         return None

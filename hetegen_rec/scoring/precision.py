@@ -17,10 +17,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hetegen_rec.config.export import TablePrecision
+from hetegen_rec.config.export import Backend, TablePrecision
 
 _LEAST_STEP = 2.0**-24
 """The smallest positive float16; rows whose scale is below it are read as zeros."""
+
+FUSED = "fused"
+"""The part that the back end `fbgemm` takes of `int8` and `int4` instead: see `export.fbgemm`."""
 
 Parts = dict[str, Tensor]
 """Tensors with one row per table row, by name."""
@@ -70,3 +73,10 @@ CODINGS: dict[TablePrecision, Coding] = {
     "int8": Coding(("values", "scale"), _encode_int8, _decode_int8),
     "int4": Coding(("values", "scale"), _encode_int4, _decode_int4),
 }
+
+
+def stored_parts(precision: TablePrecision, backend: Backend) -> tuple[str, ...]:
+    """The parts of rows that a back end takes, in order."""
+    if backend == "fbgemm" and precision in ("int8", "int4"):
+        return (FUSED,)
+    return CODINGS[precision].names

@@ -33,7 +33,7 @@ class Scorer:
         self._graph, self._encoder = graph, encoder
         schema = artifact.manifest.features
         self._layout = Layout(schema)
-        self._tables = map_tables(artifact, self._layout)
+        self._tables = map_tables(artifact, self._layout, backend)
         self.columns = list(column_keys(schema, labelled=False))
         """Columns of the raw data that are read."""
 
