@@ -22,18 +22,21 @@ QUICK_EVIDENCE = python -m benchmarks.evidence benchmarks/evidence_quick.yaml --
 REQUIREMENTS := $(VENV)/.requirements-$(ACCELERATOR)
 PACKAGE := $(VENV)/.package
 DEV := $(VENV)/.dev
+SERVE := $(VENV)/.serve
 
 ifeq ($(filter $(ACCELERATOR),cpu cuda),)
 $(error ACCELERATOR=$(ACCELERATOR) is not known; use cpu or cuda)
 endif
 
-.PHONY: help setup demo test lint chaos evidence clean
+.PHONY: help setup server demo test lint chaos evidence clean
 
 help:  ## this list
 	@echo "make TARGET [ACCELERATOR=cpu|cuda] [PYTHON=python3.x] [N=30] [QUICK=1]"
 	sed -nE 's/^([a-z]+):[^#]*## (.*)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 12
 
 setup: $(PACKAGE)  ## build .venv with everything pinned
+
+server: setup $(SERVE)  ## add what `hetegen serve` needs
 
 demo: setup  ## pre-train, fine-tune and evaluate on a real click log, with a report
 	@$(USE_VENV)
@@ -75,7 +78,11 @@ $(PACKAGE): $(REQUIREMENTS) pyproject.toml
 	$(VENV)/bin/python -c "import hetegen_rec"
 	touch $@
 
-$(DEV): $(REQUIREMENTS) requirements/dev.txt
+$(SERVE): $(REQUIREMENTS) requirements/serve.txt
+	@$(PIP) -r requirements/serve.txt
+	touch $@
+
+$(DEV): $(REQUIREMENTS) requirements/dev.txt $(SERVE)
 	@$(PIP) -r requirements/dev.txt
 	touch $@
 

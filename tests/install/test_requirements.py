@@ -9,7 +9,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 DIRECTORY = Path(__file__).parents[2] / "requirements"
-FILES = ("common.txt", "cpu.txt", "cuda.txt", "dev.txt")
+FILES = ("common.txt", "cpu.txt", "cuda.txt", "serve.txt", "dev.txt")
 
 
 def requirements(file: str) -> dict[str, Requirement]:
@@ -31,7 +31,8 @@ def test_every_requirement_is_pinned_exactly(file):
 
 def test_no_package_is_pinned_in_two_files_of_one_installation():
     for accelerator in ("cpu.txt", "cuda.txt"):
-        names = [name for file in ("common.txt", accelerator, "dev.txt") for name in requirements(file)]
+        files = ("common.txt", accelerator, "serve.txt", "dev.txt")
+        names = [name for file in files for name in requirements(file)]
         assert sorted(names) == sorted(set(names))
 
 
@@ -59,7 +60,7 @@ def needs_of(name: str) -> list[Requirement]:
 
 
 def test_pins_leave_nothing_out_that_a_package_needs():
-    pinned = {**pins("common.txt"), **pins("cpu.txt"), **pins("dev.txt")}
+    pinned = {name: pin for file in FILES if file != "cuda.txt" for name, pin in pins(file).items()}
     unmet = []
     for name in sorted(pinned):
         for need in needs_of(name):
