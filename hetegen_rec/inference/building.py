@@ -13,13 +13,14 @@ from torch import Tensor
 
 from hetegen_rec.config.data import Split
 from hetegen_rec.config.errors import ConfigError
+from hetegen_rec.config.inference import InferenceStrategy
 from hetegen_rec.config.run import RunConfig
 from hetegen_rec.data.cursor import Cursor
 from hetegen_rec.data.reader import Reader
 from hetegen_rec.data.sketch import CombinationCounts
 from hetegen_rec.data.statistics import Statistics
 from hetegen_rec.distributed.runtime import Runtime
-from hetegen_rec.inference.feature_paths import FeaturePaths
+from hetegen_rec.inference.feature_paths import FeaturePaths, counts_for
 from hetegen_rec.inference.lookup import BatchRows, Lookup
 from hetegen_rec.inference.regeneration import Regenerator, look_up_candidates
 from hetegen_rec.inference.strategy import Strategy
@@ -46,8 +47,12 @@ class TrainedModel:
     """Opens a split to read every row once."""
 
 
-def build_strategy(model: TrainedModel) -> Strategy[BatchRows]:
-    """Builds the strategy that the configuration asks for, which is another than `plain`. A collective.
+def build_strategy(model: TrainedModel, name: InferenceStrategy) -> Strategy[BatchRows]:
+    """Builds a strategy with its settings of the section `inference`. A collective.
+
+    Args:
+        model: that will score by it.
+        name: of the strategy, another than `plain`.
 
     Raises:
         ConfigError: the model cannot do it; the message says what to do.
@@ -57,7 +62,7 @@ def build_strategy(model: TrainedModel) -> Strategy[BatchRows]:
         "feature_paths": _feature_paths,
         "uncertainty": _uncertainty,
     }
-    return builders[model.config.inference.strategy](model)
+    return builders[name](model)
 
 
 def _symmetric(model: TrainedModel) -> Symmetric:
@@ -145,14 +150,7 @@ def _dropped(model: TrainedModel) -> Tensor:
 def count_combinations(model: TrainedModel) -> CombinationCounts:
     """The counts of the training rows: stored ones, or counted now and stored. A collective."""
     settings, runtime = model.config.inference.feature_paths, model.runtime
-    counts = CombinationCounts(
-        model.config.features,
-        model.statistics.num_rows,
-        order=settings.order,
-        most_sets=settings.combinations,
-        memory_bytes=settings.sketch_mb << 20,
-        depth=settings.sketch_depth,
-    )
+    counts = counts_for(model.config.features, model.statistics.num_rows, settings)
     path = Path(model.config.data.prepared_dir) / SKETCH_FILE
     fingerprint = model.statistics.fingerprint
     # One rank that has to count makes all of them count.

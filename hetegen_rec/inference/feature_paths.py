@@ -50,7 +50,7 @@ class FeaturePaths:
             config: how many paths.
             seed: of the paths.
         """
-        self._network, self._counts, self._dropped = network, counts, dropped
+        self._network, self.counts, self.dropped = network, counts, dropped
         self._num_paths, self._seed = config.paths, seed
         self._enough = config.reliable_count
         names = list(schema.field_names)
@@ -67,7 +67,7 @@ class FeaturePaths:
     @property
     def settings(self) -> Mapping[str, float]:
         """The paths, and how exact the counts behind them are."""
-        return {"paths": self._num_paths, "count_overestimate": self._counts.overestimate}
+        return {"paths": self._num_paths, "count_overestimate": self.counts.overestimate}
 
     def score(self, rows: Rows) -> Scored:
         """The mean over the paths of a row, weighted by confidence."""
@@ -94,7 +94,7 @@ class FeaturePaths:
 
         Of double precision, so that whether a cell is kept does not hang on how a batch is summed up.
         """
-        counts, num_rows = self._counts, max(self._counts.num_rows, 1)
+        counts, num_rows = self.counts, max(self.counts.num_rows, 1)
         seen = counts.estimate(rows.ids.cpu().numpy())
         singles, *larger = counts.sets_of_order
         values = seen[:, : len(singles)]
@@ -116,7 +116,7 @@ class FeaturePaths:
         index = shortened.nonzero().squeeze(1)
         probabilities = full.clone()
         if len(index):
-            stand_in = self._dropped.to(rows.tokens.dtype)
+            stand_in = self.dropped.to(rows.tokens.dtype)
             tokens = torch.where(dropped[index][..., None], stand_in, rows.tokens[index])
             probabilities[index] = self._network.score(tokens, rows.present[index]).sigmoid()
         return probabilities, shortened.float()
@@ -125,6 +125,27 @@ class FeaturePaths:
         """[B]: mean confidence of the combinations whose fields are all kept; 0 where there is none."""
         whole = ((~kept).float() @ self._members.T == 0).float()  # [B, C]
         return (confidence * whole).sum(1) / whole.sum(1).clamp(min=1.0)
+
+
+def counts_for(schema: Schema, num_rows: int, config: FeaturePathsConfig) -> CombinationCounts:
+    """Counts of the combinations of fields that the configuration asks for; nothing is counted yet.
+
+    Args:
+        schema: the fields of a row.
+        num_rows: of the training rows.
+        config: which combinations, and how exactly.
+
+    Raises:
+        ConfigError: too little memory for them.
+    """
+    return CombinationCounts(
+        schema,
+        num_rows,
+        order=config.order,
+        most_sets=config.combinations,
+        memory_bytes=config.sketch_mb << 20,
+        depth=config.sketch_depth,
+    )
 
 
 def _shares(members: Tensor) -> Tensor:

@@ -5,9 +5,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchrec import KeyedJaggedTensor
-from torchrec.distributed import DistributedModelParallel
 
 from hetegen_rec.config.schema import ReservedId, Schema
 from hetegen_rec.data.batch import Batch
@@ -32,16 +31,16 @@ class BatchRows(Rows):
 class Lookup:
     """The part of a model that needs all ranks."""
 
-    def __init__(self, model: DistributedModelParallel, network: ClickNetwork, schema: Schema) -> None:
-        """Puts the model in eval mode.
+    def __init__(self, tables: nn.Module, network: ClickNetwork, schema: Schema) -> None:
+        """Puts both in eval mode.
 
         Args:
-            model: the sharded model.
-            network: its replicated part.
+            tables: the sharded part of a model.
+            network: the replicated part.
             schema: the fields of a row.
         """
-        model.eval()
-        self._tables = model.module.ebc
+        self._tables = tables.eval()
+        network.eval()
         self._keys = [token.key for token in schema.tokens]
         self.network = network
 

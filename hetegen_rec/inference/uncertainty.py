@@ -77,7 +77,7 @@ class Uncertainty:
             seed: of the paths.
             threshold: uncertainty from which rows get them.
         """
-        self._network, self._dropped, self._config, self._seed = network, dropped, config, seed
+        self._network, self.dropped, self._config, self._seed = network, dropped, config, seed
         self._num_rows = clicks.num_rows
         rate = (clicks.num_positives + 0.5) / (clicks.num_rows + 1.0)
         self._base_logit = float(np.log(rate) - np.log1p(-rate))
@@ -108,7 +108,7 @@ class Uncertainty:
         tokens = rows.tokens
         if self._config.filter:
             weight = reliability[..., None].to(tokens.dtype)
-            stand_in = self._dropped.to(tokens.dtype)
+            stand_in = self.dropped.to(tokens.dtype)
             tokens = torch.where(weight < 1.0, stand_in + weight * (tokens - stand_in), tokens)
         logits = self._network.score(tokens, rows.present)
         indifference = 1.0 - (2.0 * (logits - self._base_logit).sigmoid() - 1.0).abs()
@@ -129,7 +129,7 @@ class Uncertainty:
         """[n] probabilities of the rows at `index` [n]: of all passes, weighted by their consistency."""
         clean, present, reliability = rows.tokens[index], rows.present[index], first.reliability[index]
         keys = row_keys(rows.ids[index])
-        stand_in = self._dropped.to(clean.dtype)
+        stand_in = self.dropped.to(clean.dtype)
         logits = [first.logits[index]]
         for path in range(self._config.paths):
             kept = path_noise(keys, reliability.shape[1], self._seed, path) < reliability

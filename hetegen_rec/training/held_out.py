@@ -46,7 +46,7 @@ def measure_reconstruction(
     network = model.network
     if not isinstance(network, HeteGenNetwork):
         raise TypeError("only the generative model reconstructs rows")
-    lookup = Lookup(model.dmp, network, schema)
+    lookup = Lookup(model.dmp.module.ebc, network, schema)
     sums = torch.zeros(len(network.fields), NUM_LEVELS, 6, dtype=torch.float64, device=runtime.device)
     for read in reader.epoch(Cursor()):
         batch = with_fixed_noise(read.to(runtime.device))

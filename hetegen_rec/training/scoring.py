@@ -72,11 +72,11 @@ def open_scorer(
     name = config.inference.strategy
     if name == "plain":
         return None
-    lookup = Lookup(model.dmp, model.network, config.features)
+    lookup = Lookup(model.dmp.module.ebc, model.network, config.features)
     trained = TrainedModel(
         config, statistics, lookup, runtime, lambda split: open_split(config, split, statistics, runtime)
     )
-    return Scorer(lookup, name, build_strategy(trained), runtime)
+    return Scorer(lookup, name, build_strategy(trained, name), runtime)
 
 
 def _collect(

@@ -13,18 +13,8 @@ from hetegen_rec.inference.strategy import Scored, Strategy
 from hetegen_rec.models.hetegen import HeteGen
 
 
-class Unsharded:
-    """Stands for the sharded model where there is one process and no sharding."""
-
-    def __init__(self, model: HeteGen) -> None:
-        self.module = model
-
-    def eval(self) -> None:
-        self.module.eval()
-
-
 def lookup_of(model: HeteGen, schema: Schema) -> Lookup:
-    return Lookup(Unsharded(model), model.network, schema)  # type: ignore[arg-type]
+    return Lookup(model.ebc, model.network, schema)
 
 
 @torch.no_grad()

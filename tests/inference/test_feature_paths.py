@@ -92,7 +92,7 @@ def columns_of(made, *names):
     """Confidences [B] of one combination of fields over twenty rows: see `pairs`."""
     fields = tuple(NAMES.index(name) for name in names)
     confidence = made.confidence(part_of(pairs(), list(range(20))))
-    return confidence[:, made._counts.sets.index(fields)].tolist()
+    return confidence[:, made.counts.sets.index(fields)].tolist()
 
 
 def pairs():
@@ -129,7 +129,7 @@ def test_an_unseen_pair_of_familiar_values_counts_less_the_more_it_was_to_be_exp
     batch.ids[:] = 0
     batch.ids[0, [column("hour"), column("place"), column("item")]] = 1
     (confidence,) = made.confidence(rows_of(MODEL, batch)).tolist()
-    names = [tuple(NAMES[field] for field in fields) for fields in made._counts.sets]
+    names = [tuple(NAMES[field] for field in fields) for fields in made.counts.sets]
     found = dict(zip(names, confidence, strict=True))
     assert found["hour", "place"] == pytest.approx(1 / 11)
     assert found["item", "place"] == pytest.approx(1 / 11)
