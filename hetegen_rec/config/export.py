@@ -27,5 +27,8 @@ class ExportConfig(Section):
     """Test-time strategies that can be chosen at scoring (section `inference`)."""
     shared_fields: Annotated[tuple[str, ...], BeforeValidator(as_tuple)] = ()
     """Fields of the user's side, which a request may bring once for many candidate items."""
+    raw_integers: bool = False
+    """Also write a graph that takes the raw integers of all fields and makes the ids itself; every field must
+    be hashed integers or `numeric`."""
     parity_rows: PositiveInt = 10_000
     """Validation rows, the first ones, on which the artifact is held against the training model."""

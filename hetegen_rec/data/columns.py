@@ -13,6 +13,7 @@ are numbers, below and above all others. Strings are checked to be UTF-8, which 
 """
 
 from bisect import bisect
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -143,9 +144,16 @@ def timestamps(table: pa.Table, schema: Schema, where: str) -> npt.NDArray[np.in
     return times
 
 
-def require_columns(table: pa.Table, schema: Schema, where: str, *, labelled: bool = True) -> None:
-    """Raises BadRowsError unless the table has every column that the schema reads (see `column_keys`)."""
-    for column, key in column_keys(schema, labelled=labelled).items():
+def require_columns(
+    table: pa.Table,
+    schema: Schema,
+    where: str,
+    *,
+    labelled: bool = True,
+    fields: Iterable[Field] | None = None,
+) -> None:
+    """Raises BadRowsError unless the table has every column that is read (see `column_keys`)."""
+    for column, key in column_keys(schema, labelled=labelled, fields=fields).items():
         if column not in table.column_names:
             raise BadRowsError(
                 f"{where}: no column {column!r} (`{key}`); there are: {', '.join(table.column_names)}"

@@ -15,7 +15,7 @@ The training rows are those of the raw value, even where it is too rare for an i
 of the id that it shares.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -68,21 +68,25 @@ class FieldEncoder:
         """Takes vocabularies and the types of the training values, both by table."""
         self._schema, self._vocabularies, self._value_types = schema, dict(vocabularies), dict(value_types)
 
-    def columns(self, table: pa.Table, first_row: int, where: str) -> dict[str, pa.Array]:
-        """The id columns of all fields, for rows that are only scored.
+    def columns(
+        self, table: pa.Table, first_row: int, where: str, fields: Sequence[Field] | None = None
+    ) -> dict[str, pa.Array]:
+        """The id columns of fields, for rows that are only scored.
 
         Args:
             table: the columns of `required_columns`; others are ignored.
             first_row: index of the first row, for errors.
             where: what the rows are of, for errors.
+            fields: of the schema; default: all.
 
         Raises:
             BadRowsError: a column is missing, or its type or a value is wrong.
         """
-        require_columns(table, self._schema, where, labelled=False)
+        fields = self._schema.fields if fields is None else fields
+        require_columns(table, self._schema, where, labelled=False, fields=fields)
         return {
             field.name: self.column(field, field_values(table, field, first_row, where), where)
-            for field in self._schema.fields
+            for field in fields
         }
 
     def column(self, field: Field, found: FieldValues, where: str) -> pa.Array:

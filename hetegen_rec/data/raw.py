@@ -15,7 +15,7 @@ says. Changed bytes of a page without a checksum may read as other values, which
 import glob
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -27,7 +27,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from hetegen_rec.config.schema import Schema
+from hetegen_rec.config.schema import Field, Schema
 
 BATCH_ROWS = 65_536
 """Most rows of Parquet held at a time by `iter_tables`."""
@@ -133,15 +133,18 @@ def list_row_groups(patterns: Sequence[str]) -> list[RowGroup]:
     return row_groups([(path, read_shape(path).group_rows) for path in expand_paths(patterns)])
 
 
-def column_keys(schema: Schema, *, labelled: bool = True) -> dict[str, str]:
+def column_keys(
+    schema: Schema, *, labelled: bool = True, fields: Iterable[Field] | None = None
+) -> dict[str, str]:
     """The raw columns that a schema reads, each with the configuration key that names it.
 
-    Those of `labelled` rows are for training and evaluation; others need neither label nor timestamp.
+    Those of `labelled` rows are for training and evaluation; others need neither label nor timestamp. Only
+    those of some `fields`, where they are given.
     """
     keys = {schema.label: "features.label"} if labelled else {}
     if schema.timestamp and labelled:
         keys.setdefault(schema.timestamp, "features.timestamp")
-    for field in schema.fields:
+    for field in schema.fields if fields is None else fields:
         keys.setdefault(field.column, f"features.fields, `column` of {field.name!r}")
     return keys
 

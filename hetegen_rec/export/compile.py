@@ -1,26 +1,40 @@
 """The graph of a network, written as each back end takes it."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import fbgemm_gpu
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from hetegen_rec.config.export import Backend, TablePrecision
 from hetegen_rec.export.fbgemm import fused_encoder
 from hetegen_rec.export.graph import ScoringGraph
 from hetegen_rec.scoring.hardware import this_hardware
-from hetegen_rec.scoring.manifest import BackendEntry
+from hetegen_rec.scoring.manifest import BackendEntry, PartName
 from hetegen_rec.scoring.precision import CODINGS, FUSED, stored_parts
 from hetegen_rec.scoring.tables import Encode
 
 DIRECTORY = "network"
-_EXAMPLE_ROWS = 8
-_MOST_ROWS = 1 << 30
+EXAMPLE_ROWS = 8
+ROWS = Dim("rows", min=1, max=1 << 30)
+"""The free size of all arguments and results with a row per row."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A graph that stands beside the plain one, and how it is called."""
+
+    graph: nn.Module
+    arguments: tuple[Any, ...]
+    """As in a call."""
+    shapes: tuple[Any, ...]
+    """Which of their sizes are free, as `torch.export` takes it."""
 
 
 def compile_graph(graph: ScoringGraph, tables: list[Tensor], backend: Backend, root: Path) -> BackendEntry:
@@ -39,7 +53,39 @@ def compile_graph(graph: ScoringGraph, tables: list[Tensor], backend: Backend, r
     """
     (root / DIRECTORY).mkdir(exist_ok=True)
     name = f"{DIRECTORY}/{backend}.pt2"
-    return _WRITERS[backend](_program(graph, tables), root, name)
+    ids = torch.zeros(EXAMPLE_ROWS, graph.layout.num_slots, dtype=torch.int64)
+    part = Part(graph, (ids, tables), ({0: ROWS}, table_shapes(tables)))
+    return _WRITERS[backend](_program(part), root, name)
+
+
+def compile_part(part: Part, name: PartName, backend: Backend, root: Path) -> str:
+    """Writes another graph of a back end that `compile_graph` wrote; returns its file."""
+    file = f"{DIRECTORY}/{backend}_{name}.pt2"
+    _WRITERS[backend](_program(part), root, file)
+    return file
+
+
+def table_shapes(tables: list[Tensor]) -> list[Any]:
+    """Which sizes of a graph's tables are free."""
+    # The first argument of each group says where tables begin; only the others have a row per table row.
+    return [None if table.dtype == torch.int64 else {0: Dim.DYNAMIC} for table in tables]
+
+
+def require_compilers(backends: Sequence[Backend]) -> None:
+    """Refuses back ends that cannot be made on this machine, before any work is done for them.
+
+    Raises:
+        ConfigError: `aoti` is wanted, and there is no C++ compiler.
+    """
+    if "aoti" not in backends:
+        return
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise ConfigError(
+            "`export.backends` names aoti, which is compiled as C++, but no compiler was found: install g++, "
+            "or name one in the environment variable CXX, or leave aoti out"
+        ) from error
 
 
 def row_encoder(precision: TablePrecision, backends: Sequence[Backend], dims: Mapping[str, int]) -> Encode:
@@ -60,14 +106,9 @@ def row_encoder(precision: TablePrecision, backends: Sequence[Backend], dims: Ma
     return lambda rows: {name: part for encode in encoders for name, part in encode(rows).items()}
 
 
-def _program(graph: ScoringGraph, tables: list[Tensor]) -> ExportedProgram:
-    num_slots = graph.num_slots
-    ids = torch.zeros(_EXAMPLE_ROWS, num_slots, dtype=torch.int64)
-    # The first argument of each group says where tables begin; only the others have a row per table row.
-    table_shapes = [None if table.dtype == torch.int64 else {0: Dim.DYNAMIC} for table in tables]
-    shapes = ({0: Dim("rows", min=1, max=_MOST_ROWS)}, table_shapes)
+def _program(part: Part) -> ExportedProgram:
     with torch.no_grad():
-        return torch.export.export(graph, (ids, tables), dynamic_shapes=shapes, strict=False)
+        return torch.export.export(part.graph, part.arguments, dynamic_shapes=part.shapes, strict=False)
 
 
 def _write_aten(program: ExportedProgram, root: Path, name: str) -> BackendEntry:
@@ -86,7 +127,11 @@ def _save(program: ExportedProgram, path: Path) -> None:
 
 
 def _write_aoti(program: ExportedProgram, root: Path, name: str) -> BackendEntry:
-    torch._inductor.aoti_compile_and_package(program, package_path=str(root / name))
+    # Torch would keep what it compiles in a directory of the user's, for those who compile the same again.
+    with fresh_cache(), torch.no_grad():
+        torch._inductor.aoti_compile_and_package(
+            program, package_path=str(root / name), inductor_configs=dict(_INDUCTOR_OPTIONS)
+        )
     return BackendEntry(file=name, libraries=_versions("torch"), hardware=this_hardware())
 
 

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 
 import torch
@@ -88,18 +89,25 @@ class ScoringGraph(nn.Module):
             backend: whose lookup it has.
         """
         super().__init__()
-        self.num_slots = layout.num_slots
+        self.layout = layout
         self.network = scoring_part(network)
-        lookup = _LOOKUPS[backend](layout, dims, precision)
-        self.tokens = TokensOfIds(layout, lookup, self.network.assembly.projections)
+        self._make_lookup = partial(_LOOKUPS[backend], dims=dims, precision=precision)
+        self.tokens = self.tokens_of(layout)
         self._dtype = torch.bfloat16 if dense == "bf16" else torch.float32
         self.network.to(self._dtype)
         self.eval().requires_grad_(False)
 
     def forward(self, ids: Tensor, tables: Sequence[Tensor]) -> Tensor:
         """ids [B, S] int64 and tables (see `TokensOfIds`) -> [B] float32 probabilities of a click."""
-        tokens, present = self.tokens(ids, tables)
-        return self.network.score(tokens.to(self._dtype), present).float().sigmoid()
+        return self.logits(*self.tokens(ids, tables)).sigmoid()
+
+    def logits(self, tokens: Tensor, present: Tensor) -> Tensor:
+        """Tokens [B, T, D] and whether each exists, [B, T] bool -> [B] float32 click logits."""
+        return self.network.score(tokens.to(self._dtype), present).float()
+
+    def tokens_of(self, layout: Layout) -> TokensOfIds:
+        """What looks up the ids of some fields, with the lookup and the projections of this graph."""
+        return TokensOfIds(layout, self._make_lookup(layout), self.network.assembly.projections)
 
 
 def scoring_part(network: ClickNetwork) -> ClickNetwork:

@@ -1,8 +1,9 @@
 """The back ends of an artifact: its network as a function of ids and tables, in three forms."""
 
 import importlib
-from collections.abc import Callable
-from typing import TypeAlias
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -10,13 +11,21 @@ from torch import Tensor
 from hetegen_rec.config.export import Backend
 from hetegen_rec.scoring.errors import ArtifactError
 from hetegen_rec.scoring.hardware import this_hardware
-from hetegen_rec.scoring.manifest import Artifact, BackendEntry
+from hetegen_rec.scoring.manifest import Artifact, BackendEntry, PartName
 
 Graph: TypeAlias = Callable[[Tensor, list[Tensor]], Tensor]
 """ids [B, S] int64 and tables -> [B] float32 probabilities."""
 
 _PREFERENCE: tuple[Backend, ...] = ("aoti", "fbgemm", "aten")
 """Fast ones first."""
+_WANTED_BY: Mapping[PartName, str] = MappingProxyType(
+    {
+        "tokens": "name the strategies in `export.strategies`",
+        "logits": "name the strategies in `export.strategies`",
+        "candidates": "name the user's fields in `export.shared_fields`",
+        "integers": "set `export.raw_integers: true`",
+    }
+)
 
 
 def choose_backend(artifact: Artifact, wanted: Backend | None) -> Backend:
@@ -48,13 +57,29 @@ def choose_backend(artifact: Artifact, wanted: Backend | None) -> Backend:
 
 def load_graph(artifact: Artifact, name: Backend) -> Graph:
     """Loads a back end that `choose_backend` returned."""
-    path = str(artifact.path(artifact.manifest.backends[name].file))
-    if name == "aoti":
-        return torch._inductor.aoti_load_package(path)
-    if name == "fbgemm":
+    return _load(artifact, artifact.manifest.backends[name].file, name)
+
+
+def load_part(artifact: Artifact, backend: Backend, name: PartName) -> Callable[..., Any]:
+    """Loads another graph of a back end that `choose_backend` returned (see `PartName`).
+
+    Raises:
+        ArtifactError: the artifact does not have it.
+    """
+    file = artifact.manifest.backends[backend].parts.get(name)
+    if file is None:
+        raise ArtifactError(f"{artifact.root}: no graph {name!r}; {_WANTED_BY[name]} and export it again")
+    return _load(artifact, file, backend)
+
+
+def _load(artifact: Artifact, file: str, backend: Backend) -> Callable[..., Any]:
+    path = str(artifact.path(file))
+    if backend == "aoti":
+        graph: Callable[..., Any] = torch._inductor.aoti_load_package(path)
+        return graph
+    if backend == "fbgemm":
         importlib.import_module("fbgemm_gpu")  # registers the operators that the graph calls
-    module: Graph = torch.export.load(path).module()
-    return module
+    return torch.export.load(path).module()
 
 
 def _problem(entry: BackendEntry) -> str | None:

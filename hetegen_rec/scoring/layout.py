@@ -1,6 +1,6 @@
 """The ids of a row as one line of integers: what every back end takes, whatever the kinds of its fields."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -36,10 +36,11 @@ class FieldSlots:
 class Layout:
     """Where the ids of each field stand in [B, S]: fields in schema order, `list_length` slots each."""
 
-    def __init__(self, schema: Schema) -> None:
+    def __init__(self, schema: Schema, names: Collection[str] | None = None) -> None:
+        """Args: names: of the fields that are laid out; default: all."""
         self.schema = schema
         self.fields: list[FieldSlots] = []
-        for field in schema.fields:
+        for field in (field for field in schema.fields if names is None or field.name in names):
             self.fields.append(FieldSlots(field, self.num_slots, self.num_slots + field.list_length))
 
     @property
@@ -51,6 +52,11 @@ class Layout:
     def tables(self) -> list[str]:
         """[S]: the table that each slot's id indexes."""
         return [one.field.table_name for one in self.fields for _ in range(one.start, one.stop)]
+
+    @cached_property
+    def first_slots(self) -> list[int]:
+        """[T]: the slot of each token, of a bag the first of its values."""
+        return [slot for one in self.fields for slot in range(one.start, one.start + one.num_tokens)]
 
     def ids(self, columns: Mapping[str, pa.Array]) -> NDArray[np.int64]:
         """[B, S] from encoded columns (see `data.encoding`), -1 in slots without an id."""

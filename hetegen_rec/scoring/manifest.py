@@ -4,12 +4,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from pydantic import ValidationError
 
 from hetegen_rec.config.errors import Section
 from hetegen_rec.config.export import Backend, DensePrecision, ScoringStrategy, TablePrecision
+from hetegen_rec.config.inference import InferenceConfig
 from hetegen_rec.config.schema import Schema, VocabularyKind
 from hetegen_rec.data.columns import ValueType
 from hetegen_rec.scoring.errors import ArtifactError
@@ -18,6 +19,11 @@ from hetegen_rec.sealing import sealed, sha256_of, unsealed
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+
+PartName: TypeAlias = Literal["tokens", "logits", "candidates", "integers"]
+"""`tokens`: ids and tables -> tokens [B, T, D] and whether each exists; `logits`: those two -> logits [B];
+`candidates`: ids of the shared fields [1, S_shared], those of the others, and tables -> probabilities [B];
+`integers`: values [B, S] int64, whether each is given [B, S] bool, and tables -> probabilities [B]."""
 
 
 class FileEntry(Section):
@@ -53,10 +59,24 @@ class BackendEntry(Section):
     """One compiled form of the network."""
 
     file: str
+    parts: dict[PartName, str] = {}
+    """Graphs beside the one from ids to probabilities."""
     libraries: dict[str, str]
     """What must be installed to run it, each with its version at export."""
     hardware: Hardware | None = None
     """What it was compiled for; null if it runs anywhere."""
+
+
+class StrategiesEntry(Section):
+    """What the test-time strategies know of training, besides their files (see `strategies`)."""
+
+    settings: InferenceConfig
+    """Of the run; the threshold of `uncertainty` is the one that was found."""
+    num_rows: int
+    """Training rows."""
+    num_positives: int
+    """Those with a click."""
+    files: list[str]
 
 
 class Manifest(Section):
@@ -83,6 +103,8 @@ class Manifest(Section):
     backends: dict[Backend, BackendEntry]
     strategies: list[ScoringStrategy]
     """Test-time strategies that can be chosen; `plain` always."""
+    inference: StrategiesEntry | None = None
+    """What those need; null if there is only `plain`."""
     shared_fields: list[str] = []
     """Fields of the user's side, which a request may bring once for all its rows."""
     metrics: dict[str, Any]
@@ -134,7 +156,7 @@ def open_artifact(path: str | Path, *, verify: bool = True) -> Artifact:
     root = Path(path)
     manifest = _read(root)
     for name, expected in manifest.files.items():
-        _check_file(root, name, expected, verify)
+        check_file(root, name, expected, verify=verify)
     for name in _named_files(manifest):
         if name not in manifest.files:
             raise ArtifactError(f"{root}: {MANIFEST} names {name!r} but lists no such file; export it again")
@@ -167,12 +189,30 @@ def _check_version(root: Path, content: Mapping[str, Any]) -> None:
         )
 
 
-def _check_file(root: Path, name: str, expected: FileEntry, verify: bool) -> None:
+def check_name(root: Path, name: str) -> None:
+    """Refuses the name of a file that would lie outside its directory.
+
+    Raises:
+        ArtifactError: it would.
+    """
     pure = PurePosixPath(name)
     if pure.is_absolute() or ".." in pure.parts or not (root / name).resolve().is_relative_to(root.resolve()):
-        raise ArtifactError(
-            f"{root}: {MANIFEST} names {name!r}, which lies outside; do not use this artifact"
-        )
+        raise ArtifactError(f"{root}: its manifest names {name!r}, which lies outside; do not use it")
+
+
+def check_file(root: Path, name: str, expected: FileEntry, *, verify: bool) -> None:
+    """Compares a file with what a manifest says of it.
+
+    Args:
+        root: the directory that the manifest describes.
+        name: of the file in it.
+        expected: what the manifest says.
+        verify: compare the checksum too, not only the size.
+
+    Raises:
+        ArtifactError: it is another, cannot be read, or lies outside.
+    """
+    check_name(root, name)
     try:
         size = (root / name).stat().st_size
         if size != expected.bytes:
@@ -193,4 +233,7 @@ def _named_files(manifest: Manifest) -> list[str]:
     """The files that the manifest wants to be read."""
     names = [entry.file for entry in manifest.vocabularies.values() if entry.file is not None]
     names += [file for group in manifest.tables for file in group.files.values()]
-    return names + [entry.file for entry in manifest.backends.values()]
+    names += manifest.inference.files if manifest.inference is not None else []
+    return names + [
+        file for entry in manifest.backends.values() for file in (entry.file, *entry.parts.values())
+    ]
