@@ -11,7 +11,7 @@ _BLOCK_BYTES = 1 << 20
 
 def sealed(content: Mapping[str, Any]) -> str:
     """JSON text of a mapping with a digest of itself in it."""
-    return json.dumps({"sha256": _digest_of(content), **content}, indent=1)
+    return json.dumps({"sha256": digest_of(content), **content}, indent=1)
 
 
 def unsealed(text: str) -> dict[str, Any]:
@@ -21,7 +21,7 @@ def unsealed(text: str) -> dict[str, Any]:
         ValueError: it was changed, or cut off.
     """
     content: dict[str, Any] = json.loads(text)
-    if not isinstance(content, dict) or content.pop("sha256", None) != _digest_of(content):
+    if not isinstance(content, dict) or content.pop("sha256", None) != digest_of(content):
         raise ValueError("its own checksum does not fit")
     return content
 
@@ -35,5 +35,6 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _digest_of(content: Mapping[str, Any]) -> str:
+def digest_of(content: Mapping[str, Any]) -> str:
+    """Digest of what a mapping says, in whatever order it says it."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
