@@ -75,7 +75,7 @@ class FbgemmLookup(Lookup):
         """See `Lookup`."""
         super().__init__(layout, dims, precision)
         self._lookups = nn.ModuleList(
-            _GroupLookup(group, self._fields, _TYPES[precision]) for group in self._groups
+            _GroupLookup(group, self._fields, _TYPES[precision]) for group in self.groups
         )
 
     def forward(self, ids: Tensor, present: Tensor, tables: Sequence[Tensor]) -> list[Tensor]:

@@ -47,7 +47,7 @@ class Lookup(ABC, nn.Module):
         """
         super().__init__()
         self._fields = layout.fields
-        self._groups = group_slots(layout, dims)
+        self.groups = group_slots(layout, dims)
         self._precision = precision
 
     @abstractmethod
@@ -73,7 +73,7 @@ class PlainLookup(Lookup):
         self._coding = CODINGS[precision]
         self._place = {
             slot: (number, group.slots.index(slot))
-            for number, group in enumerate(self._groups)
+            for number, group in enumerate(self.groups)
             for slot in group.slots
         }
 
@@ -90,7 +90,7 @@ class PlainLookup(Lookup):
     def _rows(self, ids: Tensor, present: Tensor, tables: list[Tensor]) -> list[Tensor]:
         """Of each group [B, slots, dim], zero where there is no id."""
         rows = []
-        for group in self._groups:
+        for group in self.groups:
             first_rows, parts = tables[0], tables[1 : 1 + len(self._coding.names)]
             tables = tables[1 + len(self._coding.names) :]
             index = ids[:, group.slots].clamp(min=0) + first_rows
