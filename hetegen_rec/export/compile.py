@@ -10,8 +10,12 @@ from typing import Any
 import fbgemm_gpu
 import torch
 from torch import Tensor, nn
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.exc import InvalidCxxCompiler
+from torch._inductor.utils import fresh_cache
 from torch.export import Dim, ExportedProgram
 
+from hetegen_rec.config.errors import ConfigError
 from hetegen_rec.config.export import Backend, TablePrecision
 from hetegen_rec.export.fbgemm import fused_encoder
 from hetegen_rec.export.graph import ScoringGraph
@@ -24,6 +28,14 @@ DIRECTORY = "network"
 EXAMPLE_ROWS = 8
 ROWS = Dim("rows", min=1, max=1 << 30)
 """The free size of all arguments and results with a row per row."""
+_INDUCTOR_OPTIONS: Mapping[str, bool] = MappingProxyType(
+    {
+        # Otherwise as many threads as this process has now are compiled in, wherever the package runs.
+        "cpp.dynamic_threads": True,
+        # They pay where one compiles often, take as long as the network, and stay behind in /tmp.
+        "aot_inductor.precompile_headers": False,
+    }
+)
 
 
 @dataclass(frozen=True)

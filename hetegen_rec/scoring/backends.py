@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from hetegen_rec.config.export import Backend
 from hetegen_rec.scoring.errors import ArtifactError
@@ -75,11 +76,21 @@ def load_part(artifact: Artifact, backend: Backend, name: PartName) -> Callable[
 def _load(artifact: Artifact, file: str, backend: Backend) -> Callable[..., Any]:
     path = str(artifact.path(file))
     if backend == "aoti":
-        graph: Callable[..., Any] = torch._inductor.aoti_load_package(path)
-        return graph
+        return _load_package(path)
     if backend == "fbgemm":
         importlib.import_module("fbgemm_gpu")  # registers the operators that the graph calls
     return torch.export.load(path).module()
+
+
+def _load_package(path: str) -> Callable[..., Any]:
+    """A compiled package as a function of tensors, and of lists and tuples of tensors.
+
+    Torch's own wrapper parses descriptions of arguments and results, JSON, in every call: that takes longer
+    than to score a row.
+    """
+    loader = torch._inductor.aoti_load_package(path).loader
+    _, result = (pytree.treespec_loads(text) for text in loader.get_call_spec())
+    return lambda *arguments: pytree.tree_unflatten(loader.boxed_run(pytree.tree_leaves(arguments)), result)
 
 
 def _problem(entry: BackendEntry) -> str | None:
