@@ -27,7 +27,7 @@ from hetegen_rec.data.statistics import Statistics
 from hetegen_rec.data.vocabulary import ExactVocabulary
 from hetegen_rec.distributed.sharding import initial_rows
 from hetegen_rec.evaluation.results import read_evaluation
-from hetegen_rec.export.compile import compile_graph, row_encoder
+from hetegen_rec.export.compile import compile_graph, require_compilers, row_encoder
 from hetegen_rec.export.graph import ScoringGraph
 from hetegen_rec.export.parity import compare, require_parity
 from hetegen_rec.export.reference import Reference
@@ -70,13 +70,14 @@ class Exporter:
             sample: of the split `parity_split`, every row once, in order.
 
         Raises:
-            ConfigError: the stage scores no clicks.
+            ConfigError: the stage scores no clicks, or a back end cannot be compiled on this machine.
         """
         self._config, self._stage, self._info, self._statistics = config, stage, info, statistics
         if stage not in CLICK_STAGES:
             raise ConfigError(
                 f"a model of `{stage}` scores no clicks; export one of {', '.join(CLICK_STAGES)}"
             )
+        require_compilers(config.export.backends)
         self._weights = StoredWeights(info)
         self._layout = Layout(config.features)
         shapes = table_shapes(config.features, statistics, config.model.dim)
