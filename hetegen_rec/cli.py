@@ -29,6 +29,7 @@ from hetegen_rec.jobs import Job
 from hetegen_rec.launching.exit_codes import FAILED, LOST_PEER
 from hetegen_rec.launching.relaunch import relaunch
 from hetegen_rec.locks import LockedError
+from hetegen_rec.scoring.errors import ArtifactError
 from hetegen_rec.terminal import quiet_libraries, show_log
 from hetegen_rec.training.checkpoint import CheckpointError
 from hetegen_rec.training.guard import NonFiniteError
@@ -37,6 +38,7 @@ from hetegen_rec.verbs import RUN_VERBS, listed
 DEFAULT_CONFIG = "configs/movielens_100k.yaml"
 
 USER_ERRORS = (
+    ArtifactError,
     CheckpointError,
     ConfigError,
     DataError,
@@ -135,7 +137,7 @@ def _parser_of(verb: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.max_steps=4")
     parser.set_defaults(stage=None, checkpoint=None, split="test", input=[], output=None)
-    parser.set_defaults(fresh=False, accept_changes=False, with_report=True)
+    parser.set_defaults(fresh=False, accept_changes=False, with_report=True, delta_from=None)
     if verb in ("pretrain", "finetune", "joint", "scratch", "demo"):
         _add_training_options(parser)
     if verb == "incremental":
@@ -152,6 +154,11 @@ def _parser_of(verb: str) -> argparse.ArgumentParser:
     if verb == "export":
         parser.add_argument(
             "--output", metavar="DIR", help="new directory of the artifact (default: in the run's)"
+        )
+        parser.add_argument(
+            "--delta-from",
+            metavar="ARTIFACT",
+            help="write only what changed since an earlier artifact, for `hetegen apply-delta`",
         )
     if verb == "predict":
         _add_row_options(parser)
@@ -219,6 +226,7 @@ def _run(verb: str, options: argparse.Namespace) -> int:
                 fresh=options.fresh,
                 accept_changes=options.accept_changes,
                 with_report=options.with_report,
+                delta_from=options.delta_from,
             )
             with show_log(runtime.rank):
                 return _run_job(VERBS[verb][0], job)

@@ -27,10 +27,12 @@ from hetegen_rec.evaluation.results import (
     write_evaluation,
 )
 from hetegen_rec.evaluation.tables import results_tables
+from hetegen_rec.export.delta import write_delta
 from hetegen_rec.export.package import Exporter, parity_split
-from hetegen_rec.export.summary import artifact_table
+from hetegen_rec.export.summary import artifact_table, delta_table
 from hetegen_rec.inference.scorer import Scorer
 from hetegen_rec.locks import directory_lock
+from hetegen_rec.scoring.manifest import Artifact, open_artifact
 from hetegen_rec.training import stages
 from hetegen_rec.training.checkpoint import CheckpointInfo, Checkpoints
 from hetegen_rec.training.held_out import measure_reconstruction
@@ -70,6 +72,8 @@ class Job:
     """Go on with an earlier attempt also where settings differ that say how to train."""
     with_report: bool = True
     """Write the run's report.html after training and evaluation."""
+    delta_from: str | None = None
+    """The artifact that an export should only tell the changes of."""
 
 
 def prepare_data(job: Job) -> None:
@@ -116,17 +120,19 @@ def predict(job: Job) -> None:
 
 
 def export(job: Job) -> None:
-    """Writes an artifact for scoring from one stage's best checkpoint."""
+    """Writes an artifact of one stage's best checkpoint, or only what changed since an earlier artifact."""
     if job.runtime.world_size > 1:
         raise ConfigError("`export` is the work of one process; start it without --ranks and launchers")
     found = _find_trained(job)
-    target = Path(job.output) if job.output is not None else found.directory / "artifact"
+    kind = "artifact" if job.delta_from is None else "delta"
+    target = Path(job.output) if job.output is not None else found.directory / kind
     if job.output is not None:
         _refuse_filled(target)
-    sample = open_split(job.config, parity_split(job.config), found.statistics, job.runtime)
-    exporter = Exporter(job.config, found.stage, found.checkpoint, found.statistics, sample)
-    terminal.results().print(artifact_table(exporter.write(target)))
-    terminal.results().print(f"artifact: {target}")
+    if job.delta_from is None:
+        _export(job, found, target)
+    else:
+        _export_delta(job, found, open_artifact(job.delta_from), target)
+    terminal.results().print(f"{kind}: {target}")
 
 
 def report(job: Job) -> None:
@@ -296,6 +302,23 @@ def _find_trained(job: Job) -> Found:
             f"{checkpoints.store.location} holds no checkpoint; train that stage first: `hetegen {stage}`"
         )
     return Found(stage, config.stage_dir(stage), statistics, checkpoints, chosen)
+
+
+def _export(job: Job, found: Found, target: Path) -> None:
+    sample = open_split(job.config, parity_split(job.config), found.statistics, job.runtime)
+    exporter = Exporter(job.config, found.stage, found.checkpoint, found.statistics, sample)
+    terminal.results().print(artifact_table(exporter.write(target)))
+
+
+def _export_delta(job: Job, found: Found, base: Artifact, target: Path) -> None:
+    """Exports everything beside the target, past the gate, and keeps what differs."""
+    whole = target.with_name(f".{target.name}.whole")
+    try:
+        _export(job, found, whole)
+        delta = write_delta(base, open_artifact(whole, verify=False), target)
+    finally:
+        shutil.rmtree(whole, ignore_errors=True)
+    terminal.results().print(delta_table(delta))
 
 
 def _first_trained(config: RunConfig) -> Stage:

@@ -90,19 +90,22 @@ class _GroupChanges:
 
     @property
     def can_be_patched(self) -> bool:
-        """Whether rows with their numbers are fewer bytes than whole files, and there are any."""
-        num_changed = sum(self.counts.values())
+        """Whether there are changed rows, and they and their numbers are fewer bytes than whole files."""
         files = sum(array.nbytes for array in self._arrays)
-        num_rows = sum(table_rows(self._new.manifest, table) for table in self._group.first_rows)
-        number = np.dtype(np.int64).itemsize
-        return num_changed > 0 and num_changed * (files / num_rows + number) < files
+        row = files / len(self._arrays[0]) + self._number_type.itemsize
+        return 0 < sum(self.counts.values()) < files / row
+
+    @property
+    def _number_type(self) -> np.dtype[Any]:
+        """The smallest unsigned integers that number all rows."""
+        return np.min_scalar_type(len(self._arrays[0]))
 
     def write(self, root: Path) -> dict[str, str]:
         """Writes rows and their numbers; returns the file of the numbers by those of the rows."""
         numbers_file = f"{DIRECTORY}/{self._group.dim}_rows.npy"
         (root / DIRECTORY).mkdir(exist_ok=True)
         num_changed = sum(self.counts.values())
-        numbers = _new_array(root / numbers_file, np.dtype(np.int64), (num_changed,))
+        numbers = _new_array(root / numbers_file, self._number_type, (num_changed,))
         parts = [
             _new_array(root / name, array.dtype, (num_changed, *array.shape[1:]))
             for name, array in zip(self._group.files.values(), self._arrays, strict=True)

@@ -1,8 +1,11 @@
 """What an export shows when it is done."""
 
+from collections.abc import Mapping
+
 from rich.table import Table
 
-from hetegen_rec.scoring.manifest import Manifest
+from hetegen_rec.scoring.delta import Delta
+from hetegen_rec.scoring.manifest import FileEntry, Manifest
 
 _MIB = 1 << 20
 
@@ -28,6 +31,21 @@ def artifact_table(manifest: Manifest) -> Table:
             _auc(found["auc_of_training_model"]),
         )
     return table
+
+
+def delta_table(delta: Delta) -> Table:
+    """Changed rows of each table and size of a delta, to print."""
+    mine, whole = _mib(delta.files), _mib(delta.manifest.files)
+    table = Table(title=f"Delta: {mine:.2f} MiB, the whole artifact {whole:.2f}")
+    for name in ("table", "rows", "changed or new"):
+        table.add_column(name, justify="left" if name == "table" else "right")
+    for name, count in delta.changed_rows.items():
+        table.add_row(name, f"{delta.manifest.vocabularies[name].num_ids:,}", f"{count:,}")
+    return table
+
+
+def _mib(files: Mapping[str, FileEntry]) -> float:
+    return sum(entry.bytes for entry in files.values()) / _MIB
 
 
 def _auc(value: float | None) -> str:

@@ -48,8 +48,8 @@ class Delta(Section):
     manifest: Manifest
     """Of the artifact that results."""
     patched: dict[str, str]
-    """Files of the artifact of which the delta has only rows, and the file of their numbers, ascending int64
-    in the numbering of the new file. All other rows are the base's rows of the same table and id."""
+    """Files of the artifact of which the delta has only rows, and the file of their numbers, which count the
+    rows of the new file. All other rows are the base's rows of the same table and id."""
     changed_rows: dict[str, int]
     """By table: rows that differ from the base's, and rows of new ids."""
     files: dict[str, FileEntry]
