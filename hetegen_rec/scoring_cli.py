@@ -2,25 +2,34 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 from hetegen_rec.config.export import Backend
 from hetegen_rec.data.raw import DataError
 from hetegen_rec.scoring.errors import ArtifactError
 from hetegen_rec.scoring.files import score_files
 from hetegen_rec.scoring.scorer import Scorer
+from hetegen_rec.serving.settings import Settings
 from hetegen_rec.verbs import SCORING_VERBS
 
 FAILED = 2
 _BACKENDS: tuple[Backend, ...] = ("aten", "fbgemm", "aoti")
-_USER_ERRORS = (ArtifactError, DataError)
+
+
+class MissingPackageError(RuntimeError):
+    """A verb needs a package that is not installed."""
+
+
+_USER_ERRORS = (ArtifactError, DataError, MissingPackageError)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs `score`; returns the exit code."""
-    options = _parser(arguments[0]).parse_args(arguments[1:])
+    """Runs one of the verbs; returns the exit code."""
+    verb = arguments[0]
+    options = _parser(verb).parse_args(arguments[1:])
     try:
-        _score(options)
+        _WORK[verb](options)
     except KeyboardInterrupt:
         return 130
     except (*_USER_ERRORS, OSError) as error:
@@ -30,18 +39,113 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _parser(verb: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"hetegen {verb}", description=SCORING_VERBS[verb])
+    parser = argparse.ArgumentParser(
+        prog=f"hetegen {verb}",
+        description=SCORING_VERBS[verb],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     parser.add_argument("artifact", help="directory that `hetegen export` wrote")
-    parser.add_argument("--backend", choices=_BACKENDS, help="default: the fastest that can run here")
+    parser.add_argument(
+        "--backend",
+        choices=_BACKENDS,
+        default=argparse.SUPPRESS,
+        help="of the artifact's, the one to score by; left out, the fastest that can run here",
+    )
     parser.add_argument(
         "--trust", action="store_true", help="do not read every file once to compare its checksum"
     )
-    parser.add_argument("input", nargs="+", help="Parquet or CSV files: paths, quoted globs or URLs")
-    parser.add_argument("output", help="Parquet file to write: columns row_id and probability")
+    _OPTIONS[verb](parser)
     return parser
 
 
+def _add_score_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("input", nargs="+", help="Parquet or CSV files: paths, quoted globs or URLs")
+    parser.add_argument("output", help="Parquet file to write: columns row_id and probability")
+
+
+def _add_serve_options(parser: argparse.ArgumentParser) -> None:
+    default = Settings()
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one")
+    for name, value, text in (
+        ("max-rows", default.max_rows, "of one request"),
+        ("max-bytes", default.max_bytes, "of the body of one request"),
+        ("max-connections", default.max_connections, "open at a time"),
+        ("queue-rows", default.queue_rows, "that may wait; a request beyond them is answered 503"),
+        ("batch-rows", default.batch_rows, "that are scored together"),
+    ):
+        parser.add_argument(f"--{name}", type=_positive, metavar="N", default=value, help=text)
+    for name, seconds, text in (
+        ("batch-ms", default.batch_seconds, "that a request may wait for others to be scored with"),
+        ("deadline-ms", default.deadline_seconds, "after which a request without scores is answered 503"),
+        ("watch-ms", default.watch_seconds, "between looks for another artifact at the path; 0: never"),
+    ):
+        parser.add_argument(f"--{name}", type=_milliseconds, metavar="MS", default=1e3 * seconds, help=text)
+    parser.add_argument("--threads", type=_positive, metavar="N", default=1, help="that compute one batch")
+    parser.add_argument(
+        "--reload-endpoint",
+        action="store_true",
+        help="have POST /v1/reload, for whoever reaches the server; SIGHUP does the same",
+    )
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return number
+
+
+def _milliseconds(text: str) -> float:
+    number = float(text)
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no number of milliseconds")
+    return number
+
+
 def _score(options: argparse.Namespace) -> None:
-    scorer = Scorer.load(options.artifact, backend=options.backend, verify=not options.trust)
+    scorer = Scorer.load(options.artifact, backend=_backend(options), verify=not options.trust)
     num_rows = score_files(scorer, options.input, options.output)
     print(f"scored {num_rows:,} rows by {scorer.backend}: {options.output}")
+
+
+def _serve(options: argparse.Namespace) -> None:
+    try:
+        from hetegen_rec.serving.server import serve
+    except ModuleNotFoundError as error:
+        raise MissingPackageError(
+            f"the server needs {error.name}, which is not installed; `make server` in a checkout, or "
+            "`pip install --no-deps -r requirements/serve.txt`"
+        ) from error
+    settings = Settings(
+        max_rows=options.max_rows,
+        max_bytes=options.max_bytes,
+        max_connections=options.max_connections,
+        queue_rows=options.queue_rows,
+        batch_rows=options.batch_rows,
+        batch_seconds=options.batch_ms / 1e3,
+        deadline_seconds=options.deadline_ms / 1e3,
+        watch_seconds=options.watch_ms / 1e3,
+        reload_endpoint=options.reload_endpoint,
+    )
+    serve(
+        options.artifact,
+        settings,
+        host=options.host,
+        port=options.port,
+        threads=options.threads,
+        backend=_backend(options),
+        verify=not options.trust,
+    )
+
+
+def _backend(options: argparse.Namespace) -> Backend | None:
+    return getattr(options, "backend", None)
+
+
+_OPTIONS: Mapping[str, Callable[[argparse.ArgumentParser], None]] = MappingProxyType(
+    {"score": _add_score_options, "serve": _add_serve_options}
+)
+_WORK: Mapping[str, Callable[[argparse.Namespace], None]] = MappingProxyType(
+    {"score": _score, "serve": _serve}
+)

@@ -17,6 +17,7 @@ RUN_VERBS = {
 
 SCORING_VERBS = {
     "score": "write the click probability of every row of a file, by an artifact",
+    "serve": "answer HTTP requests with click probabilities, by an artifact",
 }
 """Verbs of an artifact; they need torch, pyarrow and pydantic."""
 

@@ -21,6 +21,7 @@ ROOMS = (
     "distributed",
     "inference",
     "scoring",
+    "serving",
     "evaluation",
     "training",
     "export",

@@ -51,7 +51,7 @@ def _of_mappings(rows: list[Row], schema: Schema, names: list[str]) -> pa.Table:
     for name in names:
         try:
             columns[name] = _array([row.get(name) for row in rows], is_list=name in lists)
-        except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError) as error:
+        except (pa.ArrowException, OverflowError, UnicodeEncodeError) as error:
             raise DataError(
                 f"column {name!r}: {error}; all its values must be of one type, that of the training rows"
             ) from error
