@@ -136,7 +136,8 @@ class Endpoints:
         """Probabilities of rows; gives them up when the client leaves, or at the deadline."""
         if not len(rows):
             return np.empty(0, np.float32)
-        scores = asyncio.wrap_future(self._batcher.submit(rows))
+        submitted = self._batcher.submit(rows)
+        scores = asyncio.wrap_future(submitted)
         # Behind the body, only that the client left can come.
         leaving = asyncio.ensure_future(request.receive())
         try:
@@ -149,7 +150,7 @@ class Endpoints:
                 raise ClientDisconnect
             raise OverloadedError(f"no scores after {deadline:g} s; ask again later")
         finally:
-            scores.cancel()
+            submitted.cancel()
             leaving.cancel()
 
 

@@ -46,7 +46,6 @@ def serve(
         ArtifactError: the artifact cannot be used.
         OSError: the address cannot be listened on.
     """
-    _show_log()
     torch.set_num_threads(threads)
     metrics = Metrics()
     with (
@@ -54,6 +53,7 @@ def serve(
         closing(Batcher(lambda: served.scorer, settings, metrics)) as batcher,
         _listen(host, port) as listener,
     ):
+        _show_log()
         served.watch(settings.watch_seconds)
         signal.signal(signal.SIGHUP, lambda *_: served.ask_reload())
         # uvicorn raises the signal that ended it again; the work is done by then.

@@ -31,11 +31,11 @@ class Gated:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._scorer, name)
 
-    def score_ids(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+    def score_ids(self, ids: NDArray[np.int64], *others: Any) -> NDArray[np.float32]:
         self.batches.append(len(ids))
         self.entered.set()
         assert self.gate.wait(30)
-        return self._scorer.score_ids(ids)
+        return self._scorer.score_ids(ids, *others)
 
 
 class InProcess:
