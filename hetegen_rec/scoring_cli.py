@@ -3,10 +3,13 @@
 import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 
 from hetegen_rec.config.export import Backend
 from hetegen_rec.data.raw import DataError
+from hetegen_rec.locks import LockedError
+from hetegen_rec.scoring.delta import apply_delta
 from hetegen_rec.scoring.errors import ArtifactError
 from hetegen_rec.scoring.files import score_files
 from hetegen_rec.scoring.scorer import Scorer
@@ -21,7 +24,7 @@ class MissingPackageError(RuntimeError):
     """A verb needs a package that is not installed."""
 
 
-_USER_ERRORS = (ArtifactError, DataError, MissingPackageError)
+_USER_ERRORS = (ArtifactError, DataError, LockedError, MissingPackageError)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -44,6 +47,11 @@ def _parser(verb: str) -> argparse.ArgumentParser:
         description=SCORING_VERBS[verb],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    _OPTIONS[verb](parser)
+    return parser
+
+
+def _add_artifact_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("artifact", help="directory that `hetegen export` wrote")
     parser.add_argument(
         "--backend",
@@ -54,16 +62,16 @@ def _parser(verb: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--trust", action="store_true", help="do not read every file once to compare its checksum"
     )
-    _OPTIONS[verb](parser)
-    return parser
 
 
 def _add_score_options(parser: argparse.ArgumentParser) -> None:
+    _add_artifact_options(parser)
     parser.add_argument("input", nargs="+", help="Parquet or CSV files: paths, quoted globs or URLs")
     parser.add_argument("output", help="Parquet file to write: columns row_id and probability")
 
 
 def _add_serve_options(parser: argparse.ArgumentParser) -> None:
+    _add_artifact_options(parser)
     default = Settings()
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one")
@@ -86,6 +94,18 @@ def _add_serve_options(parser: argparse.ArgumentParser) -> None:
         "--reload-endpoint",
         action="store_true",
         help="have POST /v1/reload, for whoever reaches the server; SIGHUP does the same",
+    )
+
+
+def _add_delta_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("base", type=Path, help="directory of the artifact that the delta was made from")
+    parser.add_argument("delta", type=Path, help="directory that `hetegen export --delta-from` wrote")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        default=argparse.SUPPRESS,
+        help="new directory of the result; left out, it takes the place of the base",
     )
 
 
@@ -139,13 +159,19 @@ def _serve(options: argparse.Namespace) -> None:
     )
 
 
+def _apply_delta(options: argparse.Namespace) -> None:
+    output = getattr(options, "output", None)
+    manifest = apply_delta(options.base, options.delta, output)
+    print(f"artifact of {manifest.name}, {manifest.stage}, step {manifest.step}: {output or options.base}")
+
+
 def _backend(options: argparse.Namespace) -> Backend | None:
     return getattr(options, "backend", None)
 
 
 _OPTIONS: Mapping[str, Callable[[argparse.ArgumentParser], None]] = MappingProxyType(
-    {"score": _add_score_options, "serve": _add_serve_options}
+    {"score": _add_score_options, "serve": _add_serve_options, "apply-delta": _add_delta_options}
 )
 _WORK: Mapping[str, Callable[[argparse.Namespace], None]] = MappingProxyType(
-    {"score": _score, "serve": _serve}
+    {"score": _score, "serve": _serve, "apply-delta": _apply_delta}
 )

@@ -18,6 +18,7 @@ RUN_VERBS = {
 SCORING_VERBS = {
     "score": "write the click probability of every row of a file, by an artifact",
     "serve": "answer HTTP requests with click probabilities, by an artifact",
+    "apply-delta": "bring an artifact to the state that a delta of it describes, at once",
 }
 """Verbs of an artifact; they need torch, pyarrow and pydantic."""
 
