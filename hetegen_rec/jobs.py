@@ -28,7 +28,7 @@ from hetegen_rec.evaluation.results import (
 )
 from hetegen_rec.evaluation.tables import results_tables
 from hetegen_rec.export.delta import write_delta
-from hetegen_rec.export.package import Exporter, parity_split
+from hetegen_rec.export.package import Exporter
 from hetegen_rec.export.summary import artifact_table, delta_table
 from hetegen_rec.inference.scorer import Scorer
 from hetegen_rec.locks import directory_lock
@@ -305,8 +305,12 @@ def _find_trained(job: Job) -> Found:
 
 
 def _export(job: Job, found: Found, target: Path) -> None:
-    sample = open_split(job.config, parity_split(job.config), found.statistics, job.runtime)
-    exporter = Exporter(job.config, found.stage, found.checkpoint, found.statistics, sample)
+    config, statistics, runtime = job.config, found.statistics, job.runtime
+
+    def open_rows(split: Split) -> Reader:
+        return open_split(config, split, statistics, runtime)
+
+    exporter = Exporter(config, found.stage, found.checkpoint, statistics, runtime, open_rows)
     terminal.results().print(artifact_table(exporter.write(target)))
 
 

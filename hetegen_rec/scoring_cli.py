@@ -5,8 +5,9 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
+from typing import get_args
 
-from hetegen_rec.config.export import Backend
+from hetegen_rec.config.export import Backend, ScoringStrategy
 from hetegen_rec.data.raw import DataError
 from hetegen_rec.locks import LockedError
 from hetegen_rec.scoring.delta import apply_delta
@@ -65,6 +66,12 @@ def _add_artifact_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_score_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--strategy",
+        choices=get_args(ScoringStrategy),
+        default="plain",
+        help="what is done with a row besides one pass; the artifact must have it",
+    )
     _add_artifact_options(parser)
     parser.add_argument("input", nargs="+", help="Parquet or CSV files: paths, quoted globs or URLs")
     parser.add_argument("output", help="Parquet file to write: columns row_id and probability")
@@ -125,7 +132,7 @@ def _milliseconds(text: str) -> float:
 
 def _score(options: argparse.Namespace) -> None:
     scorer = Scorer.load(options.artifact, backend=_backend(options), verify=not options.trust)
-    num_rows = score_files(scorer, options.input, options.output)
+    num_rows = score_files(scorer, options.input, options.output, options.strategy)
     print(f"scored {num_rows:,} rows by {scorer.backend}: {options.output}")
 
 

@@ -2,7 +2,8 @@
 
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from datetime import datetime, timezone
 from importlib import metadata
 from itertools import chain
@@ -11,12 +12,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from hetegen_rec.config.data import Split
 from hetegen_rec.config.errors import ConfigError
-from hetegen_rec.config.export import Backend
+from hetegen_rec.config.export import ScoringStrategy
 from hetegen_rec.config.run import CLICK_STAGES, RunConfig, Stage
 from hetegen_rec.data.batch import Batch
 from hetegen_rec.data.cursor import Cursor
@@ -25,13 +27,18 @@ from hetegen_rec.data.raw import iter_tables, list_row_groups
 from hetegen_rec.data.reader import Reader
 from hetegen_rec.data.statistics import Statistics
 from hetegen_rec.data.vocabulary import ExactVocabulary
+from hetegen_rec.distributed.runtime import Runtime
 from hetegen_rec.distributed.sharding import initial_rows
 from hetegen_rec.evaluation.results import read_evaluation
-from hetegen_rec.export.compile import compile_graph, require_compilers, row_encoder
+from hetegen_rec.export.compile import compile_graph, compile_part, require_compilers, row_encoder
 from hetegen_rec.export.graph import ScoringGraph
 from hetegen_rec.export.parity import compare, require_parity
+from hetegen_rec.export.part_parity import compare_candidates, compare_integers
+from hetegen_rec.export.parts import check_parts, parts_of
 from hetegen_rec.export.reference import Reference
+from hetegen_rec.export.strategies import build_strategies, needs_validation_rows, write_strategies
 from hetegen_rec.files import replace_directory
+from hetegen_rec.inference.building import TrainedModel
 from hetegen_rec.models.embedding import table_shapes
 from hetegen_rec.models.hetegen import build_model
 from hetegen_rec.models.network import ClickNetwork
@@ -58,7 +65,13 @@ class Exporter:
     """Makes the artifact of one checkpoint, by one process, in memory that does not grow with the tables."""
 
     def __init__(
-        self, config: RunConfig, stage: Stage, info: CheckpointInfo, statistics: Statistics, sample: Reader
+        self,
+        config: RunConfig,
+        stage: Stage,
+        info: CheckpointInfo,
+        statistics: Statistics,
+        runtime: Runtime,
+        open_split: Callable[[Split], Reader],
     ) -> None:
         """Opens a checkpoint.
 
@@ -67,10 +80,12 @@ class Exporter:
             stage: that wrote the checkpoint; one that scores clicks.
             info: the checkpoint, checked to be whole and of these data.
             statistics: of the training rows.
-            sample: of the split `parity_split`, every row once, in order.
+            runtime: of this one process.
+            open_split: opens a split to read every row once, in order.
 
         Raises:
-            ConfigError: the stage scores no clicks, or a back end cannot be compiled on this machine.
+            ConfigError: the stage scores no clicks, a back end cannot be compiled on this machine, or these
+                fields cannot have a graph that is asked for.
         """
         self._config, self._stage, self._info, self._statistics = config, stage, info, statistics
         if stage not in CLICK_STAGES:
@@ -78,12 +93,20 @@ class Exporter:
                 f"a model of `{stage}` scores no clicks; export one of {', '.join(CLICK_STAGES)}"
             )
         require_compilers(config.export.backends)
+        check_parts(config.export, config.features, statistics)
+        if needs_validation_rows(config) and "valid" not in config.splits():
+            raise ConfigError(
+                "export.strategies: `uncertainty` has a budget on the validation rows, but data.valid names "
+                "no files; set `inference.uncertainty.threshold` instead"
+            )
+        # What is exported is held against the training model on the CPU.
+        self._runtime, self._open_split = replace(runtime, device=torch.device("cpu")), open_split
         self._weights = StoredWeights(info)
         self._layout = Layout(config.features)
         shapes = table_shapes(config.features, statistics, config.model.dim)
         self._dims = {shape.name: shape.dim for shape in shapes}
         self._rows = {shape.name: shape.num_rows for shape in shapes}
-        self._batches = list(_first_rows(sample, config.export.parity_rows))
+        self._batches = list(_first_rows(open_split(parity_split(config)), config.export.parity_rows))
 
     def write(self, target: Path) -> Manifest:
         """Writes the artifact; it appears whole or not at all, in place of an earlier one.
@@ -105,7 +128,7 @@ class Exporter:
     def _write(self, root: Path) -> Manifest:
         config = self._config.export
         network = self._network()
-        reference = Reference(self._config.features, self._dims, self._batches)
+        reference = Reference(self._config.features, self._dims, self._batches, self._others())
         groups = make_groups(self._dims, self._rows, config.tables, config.backends)
         encode = row_encoder(config.tables, config.backends, self._dims)
         with writing(root, groups, self._rows, encode) as writers:
@@ -113,6 +136,10 @@ class Exporter:
                 for first_row, rows in self._table(table):
                     writers[table].write(table, first_row, rows)
                     reference.take(table, first_row, rows)
+        lookup = reference.lookup(network)
+        strategies = build_strategies(
+            TrainedModel(self._config, self._statistics, lookup, self._runtime, self._open_split)
+        )
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             name=self._config.name,
@@ -126,7 +153,11 @@ class Exporter:
             dense=config.dense,
             tables=groups,
             backends={},
-            strategies=["plain"],
+            strategies=["plain", *strategies],
+            inference=write_strategies(
+                root, strategies, self._statistics, list(self._dims), self._config.inference
+            ),
+            shared_fields=list(config.shared_fields),
             metrics=self._metrics(),
             parity={},
             files={},
@@ -135,10 +166,14 @@ class Exporter:
             logger.info("compiling the network for %s", backend)
             graph = ScoringGraph(network, self._layout, self._dims, config.tables, config.dense, backend)
             tables = map_tables(Artifact(root, manifest), self._layout, backend)
-            manifest.backends[backend] = compile_graph(graph, tables, backend, root)
+            entry = compile_graph(graph, tables, backend, root)
+            wanted = parts_of(graph, tables, config, self._statistics)
+            parts = {name: compile_part(part, name, backend, root) for name, part in wanted.items()}
+            manifest.backends[backend] = entry.model_copy(update={"parts": parts})
         manifest = manifest.model_copy(update={"files": describe_files(root)})
         write_manifest(root, manifest)
-        parity = self._compare(root, reference.score(network))
+        expected = {name: reference.score_by(one, lookup) for name, one in strategies.items()}
+        parity = self._compare(root, reference.score(network), expected)
         manifest = manifest.model_copy(update={"parity": parity})
         write_manifest(root, manifest)
         return manifest
@@ -160,6 +195,11 @@ class Exporter:
         stored = self._weights.dense({f"network.{name}": value for name, value in state.items()})
         network.load_state_dict({name: stored[f"network.{name}"] for name in state})
         return network
+
+    def _others(self) -> Iterator[Batch]:
+        """Batches that the training model looks up besides the sample."""
+        if needs_validation_rows(self._config):
+            yield from self._open_split("valid").epoch(Cursor())
 
     def _table(self, table: str) -> Iterator[tuple[int, Tensor]]:
         """The rows of a table in blocks; those of ids that came after the checkpoint as training begins."""
@@ -194,31 +234,54 @@ class Exporter:
             for split, found in evaluation["splits"].items()
         }
 
-    def _compare(self, root: Path, reference: NDArray[np.float32]) -> dict[str, Any]:
-        """Scores the raw sample by every back end and refuses the artifact if one is beyond tolerance."""
+    def _compare(
+        self,
+        root: Path,
+        reference: NDArray[np.float32],
+        by_strategy: Mapping[ScoringStrategy, NDArray[np.float32]],
+    ) -> dict[str, Any]:
+        """Scores the raw sample by every back end and refuses the artifact if one is beyond tolerance.
+
+        Args:
+            root: directory of the artifact.
+            reference: [N] of the training model.
+            by_strategy: [N] of the training model under each other strategy.
+        """
+        config = self._config.export
         labels = np.concatenate([batch.labels[batch.row_ids >= 0].numpy() for batch in self._batches])
-        split = parity_split(self._config)
+        sample = self._raw_sample(len(labels))
+
+        def gated(scores: NDArray[np.float32], expected: NDArray[np.float32], name: str) -> dict[str, Any]:
+            found = compare(scores, expected, labels)
+            require_parity(found, config, name)
+            return found
+
         parity: dict[str, Any] = {}
-        for backend in self._config.export.backends:
-            scores = self._scores(root, backend, split, len(labels))
-            found = compare(scores, reference, labels)
-            require_parity(found, self._config.export, backend)
-            parity[backend] = {"split": split, **found}
+        for backend in config.backends:
+            scorer = Scorer.load(root, backend=backend)
+            found = {"split": parity_split(self._config), **gated(scorer.score(sample), reference, backend)}
+            if by_strategy:
+                found["strategies"] = {
+                    name: gated(scorer.score(sample, name), expected, f"{backend}, strategy {name}")
+                    for name, expected in by_strategy.items()
+                }
+            if config.shared_fields:
+                found["shared_fields"] = compare_candidates(scorer, sample)
+            if config.raw_integers:
+                found["raw_integers"] = compare_integers(scorer, sample)
+            parity[backend] = found
         return parity
 
-    def _scores(self, root: Path, backend: Backend, split: Split, num_rows: int) -> NDArray[np.float32]:
-        """[num_rows] by a back end, of raw rows as a caller would give them."""
-        scorer = Scorer.load(root, backend=backend)
-        features = self._config.features
-        parts: list[NDArray[np.float32]] = []
-        left = num_rows
-        for group in list_row_groups(self._config.data.raw_paths(split)):
+    def _raw_sample(self, num_rows: int) -> pa.Table:
+        """The first raw rows of the sample's split, as a caller would give them."""
+        features, parts, left = self._config.features, [], num_rows
+        for group in list_row_groups(self._config.data.raw_paths(parity_split(self._config))):
             for table in iter_tables(group, features, labelled=False):
-                parts.append(scorer.score(table.slice(0, left)))
+                parts.append(table.slice(0, left))
                 left -= len(parts[-1])
                 if not left:
-                    return np.concatenate(parts)
-        return np.concatenate(parts)
+                    return pa.concat_tables(parts, promote_options="permissive")
+        return pa.concat_tables(parts, promote_options="permissive")
 
 
 def parity_split(config: RunConfig) -> Split:

@@ -1,6 +1,7 @@
 """What an artifact is held against: the training model, on the table rows that a sample of rows looks up."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -56,7 +57,7 @@ class Reference:
 
     def score(self, network: ClickNetwork) -> NDArray[np.float32]:
         """[N] click probabilities of the sample's rows, by a trained network on the CPU."""
-        model = HeteGen(self._tables(), network).eval()
+        model = HeteGen(self._tables, network).eval()
 
         def plain(batch: Batch) -> Tensor:
             outputs: Outputs = model(batch)[1]
@@ -68,7 +69,7 @@ class Reference:
 
     def lookup(self, network: ClickNetwork) -> Lookup:
         """The tables and a trained network, for test-time strategies."""
-        return Lookup(self._tables(), network, self._schema)
+        return Lookup(self._tables, network, self._schema)
 
     def score_by(self, strategy: Strategy[BatchRows], lookup: Lookup) -> NDArray[np.float32]:
         """[N] click probabilities of the sample's rows by a test-time strategy."""
@@ -80,7 +81,9 @@ class Reference:
                 ]
             )
 
+    @cached_property
     def _tables(self) -> "_SampledTables":
+        """With all rows that `take` was shown."""
         shapes = [TableShape(table, len(rows), self._dims[table]) for table, rows in self._rows.items()]
         tables = build_tables(self._schema, shapes).to_empty(device="cpu")
         with torch.no_grad():

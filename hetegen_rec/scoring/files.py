@@ -6,13 +6,16 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from hetegen_rec.config.export import ScoringStrategy
 from hetegen_rec.data.raw import iter_tables, list_row_groups
 from hetegen_rec.scoring.scorer import Scorer
 
 _SCHEMA = pa.schema([("row_id", pa.int64()), ("probability", pa.float32())])
 
 
-def score_files(scorer: Scorer, inputs: Sequence[str], output: str | Path) -> int:
+def score_files(
+    scorer: Scorer, inputs: Sequence[str], output: str | Path, strategy: ScoringStrategy = "plain"
+) -> int:
     """Writes row id and click probability of every row, in the order of the files.
 
     Memory does not grow with the files: rows come and go in parts of bounded size. The output appears whole
@@ -22,11 +25,13 @@ def score_files(scorer: Scorer, inputs: Sequence[str], output: str | Path) -> in
         scorer: an artifact.
         inputs: Parquet or CSV files: paths, globs and URLs.
         output: a local Parquet file.
+        strategy: one that the artifact has.
 
     Returns:
         The number of rows.
 
     Raises:
+        ArtifactError: the artifact does not have the strategy.
         DataError: a file is damaged, lacks a column, or holds values of another type than in training.
     """
     target = Path(output)
@@ -36,7 +41,7 @@ def score_files(scorer: Scorer, inputs: Sequence[str], output: str | Path) -> in
         with pq.ParquetWriter(partial, _SCHEMA, compression="zstd") as writer:
             for group in list_row_groups(inputs):
                 for table in iter_tables(group, features, labelled=False):
-                    scores = scorer.score(table)
+                    scores = scorer.score(table, strategy)
                     ids = pa.array(range(num_rows, num_rows + len(scores)), pa.int64())
                     writer.write_table(pa.table([ids, pa.array(scores)], schema=_SCHEMA))
                     num_rows += len(scores)
