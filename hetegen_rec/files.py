@@ -1,8 +1,13 @@
 """Files and directories that appear whole or not at all: a reader sees the old one or the new one."""
 
+import ctypes
 import os
 import shutil
 from pathlib import Path
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+"""Of Linux: relative paths begin at the working directory; both names stay, each for the other file."""
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -19,13 +24,33 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def replace_directory(source: Path, target: Path) -> None:
-    """Moves a finished directory to its place, where an earlier one may stand; both on one file system."""
+    """Moves a finished directory to its place, where an earlier one may stand; both on one file system.
+
+    Where the system can exchange two names at once (Linux, on most file systems), there is a directory at the
+    place at any moment. Elsewhere there is none between two renames.
+    """
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
+    if not target.exists():
+        source.rename(target)
+        return
+    if _exchange(source, target):
+        source.rename(old)
+    else:
         target.rename(old)
-    source.rename(target)
+        source.rename(target)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Gives two directories the name of each other in one step; returns whether the system can."""
+    try:
+        exchange = ctypes.CDLL(None).renameat2
+    except (AttributeError, OSError, TypeError):  # not Linux, or an old C library
+        return False
+    here = ctypes.c_int(_AT_FDCWD)
+    failed: int = exchange(here, os.fsencode(one), here, os.fsencode(other), ctypes.c_uint(_RENAME_EXCHANGE))
+    return failed == 0
 
 
 def link_or_copy(source: Path, target: Path) -> None:
