@@ -153,7 +153,7 @@ def _build(root: Path, base: Artifact, delta: Delta, source: Path) -> None:
             if name in delta.patched:
                 try:
                     _patch(root, base, delta, source, group, name)
-                except (IndexError, ValueError) as error:
+                except (LookupError, ValueError) as error:
                     raise ArtifactError(f"{source}: {name} does not fit the base: {error}") from error
     write_manifest(root, delta.manifest)
     open_artifact(root)

@@ -24,7 +24,7 @@ from hetegen_rec.scoring.manifest import (
     write_manifest,
 )
 from hetegen_rec.scoring.scorer import Scorer
-from hetegen_rec.sealing import sealed, unsealed
+from hetegen_rec.sealing import sealed, sha256_of, unsealed
 
 CHANGED_IDS = (0, 7, 31)
 TABLE = "user_id"
@@ -142,7 +142,17 @@ def climb(content: dict) -> None:
     content["files"]["../outside"] = {"bytes": 1, "sha256": "0"}
 
 
+def number_rows_that_are_not_there(mine: Path) -> None:
+    name = "tables/8_rows.npy"
+    numbers = np.load(mine / "delta" / name)
+    numbers[-1] = np.iinfo(numbers.dtype).max
+    np.save(mine / "delta" / name, numbers)
+    digest = sha256_of(mine / "delta" / name)
+    rewrite(mine / "delta", lambda content: content["files"][name].update(sha256=digest))
+
+
 WRONG = {
+    "rows that are not there": (number_rows_that_are_not_there, "does not fit the base"),
     "another base": (other_base, "made from another artifact"),
     "changed rows": (lambda mine: flip(mine / "delta/tables/8_values.npy"), "its checksum does not fit"),
     "a changed delta.json": (lambda mine: flip(mine / "delta" / DELTA), "was changed"),
