@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from hetegen_rec.config.export import Backend
+from hetegen_rec.scoring.archives import refuse_pickles
 from hetegen_rec.scoring.errors import ArtifactError
 from hetegen_rec.scoring.hardware import this_hardware
 from hetegen_rec.scoring.manifest import Artifact, BackendEntry, PartName
@@ -19,6 +20,8 @@ Graph: TypeAlias = Callable[[Tensor, list[Tensor]], Tensor]
 
 _PREFERENCE: tuple[Backend, ...] = ("aoti", "fbgemm", "aten")
 """Fast ones first."""
+_PACKAGE_OPTIONS = ("model", False, 1, -1)
+"""Name within the package, whether to do without locks, copies for calls at a time, device: the CPU."""
 _WANTED_BY: Mapping[PartName, str] = MappingProxyType(
     {
         "tokens": "name the strategies in `export.strategies`",
@@ -79,16 +82,19 @@ def _load(artifact: Artifact, file: str, backend: Backend) -> Callable[..., Any]
         return _load_package(path)
     if backend == "fbgemm":
         importlib.import_module("fbgemm_gpu")  # registers the operators that the graph calls
+    refuse_pickles(artifact.path(file))
     return torch.export.load(path).module()
 
 
 def _load_package(path: str) -> Callable[..., Any]:
     """A compiled package as a function of tensors, and of lists and tuples of tensors.
 
-    Torch's own wrapper parses descriptions of arguments and results, JSON, in every call: that takes longer
-    than to score a row.
+    `torch._inductor.aoti_load_package` would compile half a dozen small programs first, to find out what
+    this processor can do, which `_problem` has done; and its result parses descriptions of arguments and
+    results, JSON, in every call, which takes longer than to score a row. Calls of several threads run one
+    after the other: the binding holds Python's lock meanwhile (pytorch#197516).
     """
-    loader = torch._inductor.aoti_load_package(path).loader
+    loader = torch._C._aoti.AOTIModelPackageLoader(path, *_PACKAGE_OPTIONS)
     _, result = (pytree.treespec_loads(text) for text in loader.get_call_spec())
     return lambda *arguments: pytree.tree_unflatten(loader.boxed_run(pytree.tree_leaves(arguments)), result)
 
