@@ -76,7 +76,9 @@ def field_values(table: pa.Table, field: Field, first_row: int, where: str) -> F
         return FieldValues(array.drop_null(), np.zeros(len(array), np.int64))
     if not _is_list(array.type):
         raise _wrong_type(field, "lists", array.type, where)
-    rows = pc.list_parent_indices(array).to_numpy(zero_copy_only=False).astype(np.int64)
+    # A null may stand before values that it hides; flattening leaves them out.
+    lengths = pc.fill_null(pc.list_value_length(array), 0).to_numpy(zero_copy_only=False)
+    rows = np.repeat(np.arange(len(array)), lengths)
     present, values = _canonical(_plain(pc.list_flatten(array)), rows + first_row, field, where)
     return _cut(values, rows[present], len(array), field)
 

@@ -185,6 +185,13 @@ def test_list_types_do_not_change_ids() -> None:
         assert ENCODER.encode(table, 0, "here")["tags"].to_pylist() == [[2, 3], [3], [0]]
 
 
+def test_values_behind_a_null_list_are_left_out() -> None:
+    offsets, hidden = pa.array([0, 1, 3, 5], pa.int32()), pa.array([False, True, False])
+    values = pa.ListArray.from_arrays(offsets, pa.array(["a", "b", "b", "b", "a"]), mask=hidden)
+    table = table_of({}, {}, {}).set_column(TYPES.get_field_index("tags"), "tags", values)
+    assert ENCODER.encode(table, 0, "here")["tags"].to_pylist() == [[2], [0], [3, 2]]
+
+
 @pytest.mark.parametrize(
     ("column", "values", "message"),
     [
