@@ -89,8 +89,9 @@ def _decode_arrow(body: bytes, columns: Sequence[str]) -> pa.Table:
     try:
         _refuse_expansion(body)
         table = pa.ipc.open_stream(body).read_all()
-        table = _select(table, columns, most_values=8 * len(body))
+        table = _select(table, columns)
         table.validate(full=True)
+        _require_size(table, most_values=8 * len(body))
     except BodyError:
         raise
     except (pa.ArrowException, struct.error, OSError, ValueError) as error:  # whatever damage leads to
@@ -149,20 +150,23 @@ def _field(buffer: bytes, table: int, number: int) -> int | None:
     return table + offset if offset else None
 
 
-def _select(table: pa.Table, columns: Sequence[str], most_values: int) -> pa.Table:
+def _select(table: pa.Table, columns: Sequence[str]) -> pa.Table:
     """The columns that are read and are there, of types whose size the body bounds."""
     names = [name for name in columns if name in table.column_names]
     for name in names:
         if table.column_names.count(name) > 1:
             raise BodyError(400, f"column {name!r} stands twice in the stream")
         _require_plain(name, table.schema.field(name).type)
-    for name in names:
+    return table.select(names)
+
+
+def _require_size(table: pa.Table, most_values: int) -> None:
+    """Nulls take no room in the body, so its length does not bound how many stand in lists."""
+    for name in table.column_names:
         if _is_list(table.schema.field(name).type):
-            # Nulls take no room, so that their number is not bounded by that of the bytes.
             num_values = sum(len(chunk.values) for chunk in table[name].chunks)
             if num_values > most_values:
                 raise BodyError(422, f"column {name!r} has more values in its lists than the body has bits")
-    return table.select(names)
 
 
 def _require_plain(name: str, kind: pa.DataType) -> None:
