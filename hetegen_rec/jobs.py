@@ -28,7 +28,6 @@ from hetegen_rec.evaluation.results import (
 )
 from hetegen_rec.evaluation.tables import results_tables
 from hetegen_rec.export.delta import write_delta
-from hetegen_rec.export.package import Exporter
 from hetegen_rec.export.summary import artifact_table, delta_table
 from hetegen_rec.inference.scorer import Scorer
 from hetegen_rec.locks import directory_lock
@@ -309,6 +308,9 @@ def _export(job: Job, found: Found, target: Path) -> None:
 
     def open_rows(split: Split) -> Reader:
         return open_split(config, split, statistics, runtime)
+
+    # Torch's compilers take a second to import, which no other verb should pay.
+    from hetegen_rec.export.package import Exporter
 
     exporter = Exporter(config, found.stage, found.checkpoint, statistics, runtime, open_rows)
     terminal.results().print(artifact_table(exporter.write(target)))
