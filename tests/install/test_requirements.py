@@ -44,6 +44,13 @@ def test_cpu_and_cuda_differ_by_the_build_only():
     assert "fbgemm-gpu-cpu" not in cuda
 
 
+def test_scoring_takes_versions_of_the_whole_stack():
+    stack = pins("common.txt") | pins("cpu.txt")
+    found = pins("scoring.txt")
+    assert found == {name: stack.get(name) for name in found}
+    assert not {"torchrec", "fbgemm-gpu-cpu", "torchx"} & set(found)
+
+
 def test_only_the_cpu_file_asks_pytorchs_own_index():
     users = [file for file in FILES if "--extra-index-url" in (DIRECTORY / file).read_text()]
     assert users == ["cpu.txt"]
