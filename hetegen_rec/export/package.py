@@ -94,11 +94,6 @@ class Exporter:
             )
         require_compilers(config.export.backends)
         check_parts(config.export, config.features, statistics)
-        if needs_validation_rows(config) and "valid" not in config.splits():
-            raise ConfigError(
-                "export.strategies: `uncertainty` has a budget on the validation rows, but data.valid names "
-                "no files; set `inference.uncertainty.threshold` instead"
-            )
         # What is exported is held against the training model on the CPU.
         self._runtime, self._open_split = replace(runtime, device=torch.device("cpu")), open_split
         self._weights = StoredWeights(info)
