@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from hetegen_rec.config.export import Backend, TablePrecision
+from hetegen_rec.config.export import Backend, DensePrecision, TablePrecision
 from hetegen_rec.config.run import ModelConfig, StageConfig, TrainConfig
 from hetegen_rec.config.schema import NUM_RESERVED_IDS, Field, Schema
 from hetegen_rec.data.statistics import FieldStatistics, Statistics
@@ -78,6 +78,7 @@ def write_tiny_artifact(
     seed: int = 0,
     step: int = 1,
     precision: TablePrecision = "fp32",
+    dense: DensePrecision = "fp32",
     backends: Sequence[Backend] = ("aten",),
 ) -> Manifest:
     """Writes an artifact; it replaces an earlier one at once.
@@ -87,6 +88,7 @@ def write_tiny_artifact(
         seed: of its weights.
         step: that its manifest tells.
         precision: of the tables.
+        dense: precision of the network.
         backends: to compile; `aoti` takes minutes.
     """
     partial = target.with_name(f".{target.name}.partial")
@@ -110,7 +112,7 @@ def write_tiny_artifact(
         features=SCHEMA,
         vocabularies=write_vocabularies(partial, SCHEMA, statistics, VALUES),
         precision=precision,
-        dense="fp32",
+        dense=dense,
         tables=groups,
         backends={},
         strategies=["plain"],
@@ -121,7 +123,7 @@ def write_tiny_artifact(
     model = build_model(SCHEMA, statistics, _MODEL, TrainConfig(), "scratch", StageConfig(), seed)
     layout = Layout(SCHEMA)
     for backend in backends:
-        graph = ScoringGraph(model.network.eval(), layout, dims, precision, "fp32", backend)
+        graph = ScoringGraph(model.network.eval(), layout, dims, precision, dense, backend)
         tables = map_tables(Artifact(partial, manifest), layout, backend)
         manifest.backends[backend] = compile_graph(graph, tables, backend, partial)
     manifest = manifest.model_copy(update={"files": describe_files(partial)})

@@ -95,6 +95,7 @@ class ScoringGraph(nn.Module):
         self.tokens = self.tokens_of(layout)
         self._dtype = torch.bfloat16 if dense == "bf16" else torch.float32
         self.network.to(self._dtype)
+        self.network.assembly.float()  # takes looked-up rows, which are float32
         self.eval().requires_grad_(False)
 
     def forward(self, ids: Tensor, tables: Sequence[Tensor]) -> Tensor:

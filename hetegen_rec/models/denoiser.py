@@ -74,7 +74,7 @@ class Denoiser(nn.Module):
         """
         label = self.label_embedding(label_ids)[:, None]
         x = torch.cat([tokens, label.to(tokens.dtype)], dim=1)
-        x = x + self.place_embedding + self.time_embedding(_waves(noise_level))[:, None]
+        x = x + self.place_embedding + self.time_embedding(_waves(noise_level).to(x.dtype))[:, None]
         for block in self.blocks:
             x = block(x, guidance, padding)
         return self.output_norm(x)
