@@ -63,15 +63,15 @@ def _add_artifact_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust", action="store_true", help="do not read every file once to compare its checksum"
     )
-
-
-def _add_score_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--strategy",
         choices=get_args(ScoringStrategy),
         default="plain",
         help="what is done with a row besides one pass; the artifact must have it",
     )
+
+
+def _add_score_options(parser: argparse.ArgumentParser) -> None:
     _add_artifact_options(parser)
     parser.add_argument("input", nargs="+", help="Parquet or CSV files: paths, quoted globs or URLs")
     parser.add_argument("output", help="Parquet file to write: columns row_id and probability")
@@ -145,6 +145,7 @@ def _serve(options: argparse.Namespace) -> None:
             "`pip install --no-deps -r requirements/serve.txt`"
         ) from error
     settings = Settings(
+        strategy=options.strategy,
         max_rows=options.max_rows,
         max_bytes=options.max_bytes,
         max_connections=options.max_connections,

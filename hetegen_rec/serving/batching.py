@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from hetegen_rec.config.export import ScoringStrategy
 from hetegen_rec.scoring.scorer import Scorer
 from hetegen_rec.serving.bodies import Decoded
 from hetegen_rec.serving.metrics import Metrics
@@ -123,7 +124,7 @@ class Batcher:
             encoded = list(chain.from_iterable(_encode(scorer, group) for group in _alike(batch)))
             if not encoded:
                 return
-            _answer(scorer, encoded)
+            _answer(scorer, encoded, self._settings.strategy)
         except Exception as error:  # told by the callers; the thread has others to score
             for one in batch:
                 if not one.future.done():
@@ -168,8 +169,10 @@ def _together(parts: list[Decoded]) -> Decoded:
     return list(chain.from_iterable(parts))
 
 
-def _answer(scorer: Scorer, encoded: list[tuple[_Waiting, NDArray[np.int64]]]) -> None:
-    probabilities = scorer.score_ids(np.concatenate([ids for _, ids in encoded]))
+def _answer(
+    scorer: Scorer, encoded: list[tuple[_Waiting, NDArray[np.int64]]], strategy: ScoringStrategy
+) -> None:
+    probabilities = scorer.score_ids(np.concatenate([ids for _, ids in encoded]), strategy)
     ends = np.cumsum([len(ids) for _, ids in encoded])[:-1]
     for (one, _), own in zip(encoded, np.split(probabilities, ends), strict=True):
         one.future.set_result(own)

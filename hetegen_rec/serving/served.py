@@ -5,7 +5,7 @@ import threading
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from hetegen_rec.config.export import Backend
+from hetegen_rec.config.export import Backend, ScoringStrategy
 from hetegen_rec.scoring.errors import ArtifactError
 from hetegen_rec.scoring.scorer import Scorer
 from hetegen_rec.serving.metrics import Metrics
@@ -20,7 +20,13 @@ class ServedArtifact:
     """A path, and the scorer of the artifact that was last loaded from it without a fault."""
 
     def __init__(
-        self, path: str | Path, metrics: Metrics, *, backend: Backend | None = None, verify: bool = True
+        self,
+        path: str | Path,
+        metrics: Metrics,
+        *,
+        backend: Backend | None = None,
+        strategy: ScoringStrategy = "plain",
+        verify: bool = True,
     ) -> None:
         """Loads the artifact.
 
@@ -28,12 +34,14 @@ class ServedArtifact:
             path: its directory; another artifact may take its place at any time.
             metrics: told of every artifact.
             backend: to score by; default: the fastest that can run here.
+            strategy: that it must have.
             verify: compare checksums at each load (see `Scorer.load`).
 
         Raises:
             ArtifactError: it cannot be used.
         """
-        self._path, self._metrics, self._backend, self._verify = Path(path), metrics, backend, verify
+        self._path, self._metrics = Path(path), metrics
+        self._backend, self._strategy, self._verify = backend, strategy, verify
         self._loading = threading.Lock()
         self._asked = threading.Event()
         self._watcher: threading.Thread | None = None
@@ -108,7 +116,9 @@ class ServedArtifact:
         before = _fingerprint(self._path)
         try:
             scorer = Scorer.load(self._path, backend=self._backend, verify=self._verify)
-            scorer.score([{}])  # a row of missing values; the first call of a network is also the slowest
+            # A row of missing values. The first call of a network is the slowest, and the first by a strategy
+            # reads files, which may be others later.
+            scorer.score([{}], self._strategy)
         except ArtifactError:
             raise
         except Exception as error:  # files that pass their checksums can still be none that torch reads

@@ -2,11 +2,15 @@
 
 from dataclasses import dataclass
 
+from hetegen_rec.config.export import ScoringStrategy
+
 
 @dataclass(frozen=True)
 class Settings:
-    """Limits and times of a server."""
+    """Limits and times of a server, and how it scores."""
 
+    strategy: ScoringStrategy = "plain"
+    """Test-time strategy, one of the artifact's."""
     max_rows: int = 4096
     """Of one request; one with more is refused."""
     max_bytes: int = 8 << 20
@@ -17,7 +21,7 @@ class Settings:
     """Rows that are scored together; a request with more is scored alone."""
     batch_seconds: float = 0.001
     """How long a request may wait for others to be scored with."""
-    deadline_seconds: float = 1.0
+    deadline_seconds: float = 5.0
     """After which a request that has no scores yet is given up."""
     body_seconds: float = 10.0
     """In which a body must have come."""

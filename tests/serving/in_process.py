@@ -43,7 +43,7 @@ class InProcess:
 
     def __init__(self, path: Path, *, gated: bool = False, **settings: Any) -> None:
         self.settings, self.metrics = Settings(**settings), Metrics()
-        self.served = ServedArtifact(path, self.metrics)
+        self.served = ServedArtifact(path, self.metrics, strategy=self.settings.strategy)
         self.gated = Gated(self.served.scorer)
         self._scorer = (lambda: self.gated) if gated else (lambda: self.served.scorer)
         self._parts = ExitStack()

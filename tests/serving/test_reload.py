@@ -150,3 +150,8 @@ def test_a_network_that_cannot_score_is_not_taken(path, monkeypatch):
     with pytest.raises(ArtifactError, match="cannot be loaded: division by zero"):
         served.reload()
     assert served.scorer is earlier
+
+
+def test_an_artifact_without_the_strategy_is_not_served(path):
+    with pytest.raises(ArtifactError, match="uncertainty"):
+        ServedArtifact(path, Metrics(), strategy="uncertainty")
