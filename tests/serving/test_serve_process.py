@@ -22,6 +22,23 @@ from hetegen_rec.scoring.scorer import Scorer
 
 ROWS = raw_rows(20)
 PATIENCE = 60
+TRAINING_ONLY = (
+    "torchrec",
+    "fbgemm_gpu",
+    "tensordict",
+    "torchmetrics",
+    "torchx",
+    "tensorboard",
+    "rich",
+    "psutil",
+)
+START = f"""
+import sys
+sys.modules.update(dict.fromkeys({TRAINING_ONLY}))
+from hetegen_rec.main import main
+sys.exit(main())
+"""
+"""Runs `hetegen` where nothing is installed that only training needs."""
 
 
 class Process:
@@ -46,7 +63,7 @@ class Process:
 
 @contextmanager
 def serving(path: Path, *options: str) -> Iterator[Process]:
-    command = [sys.executable, "-m", "hetegen_rec.main", "serve", str(path), "--port", "0", *options]
+    command = [sys.executable, "-c", START, "serve", str(path), "--port", "0", *options]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         yield Process(process)
