@@ -1,5 +1,6 @@
 """Reads the weights of a checkpoint without a sharded model: tables piece by piece, in bounded memory."""
 
+import warnings
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import Any
@@ -73,7 +74,9 @@ class StoredWeights:
     def _load(self, tensors: dict[str, Tensor], first_rows: Mapping[str, int]) -> None:
         planner = _PiecePlanner(tensors, first_rows)
         try:
-            load_shards(dict(tensors), storage_reader=self._reader, planner=planner, no_dist=True)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+                load_shards(dict(tensors), storage_reader=self._reader, planner=planner, no_dist=True)
         except CheckpointException as error:
             raise self._error(causes(error)) from error
 
