@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hetegen_rec.config.export import Backend, ScoringStrategy
 from hetegen_rec.data.encoding import FieldEncoder
-from hetegen_rec.data.raw import column_keys
+from hetegen_rec.data.raw import DataError, column_keys
 from hetegen_rec.scoring.backends import Graph, choose_backend, load_graph, load_part
 from hetegen_rec.scoring.candidates import Candidates
 from hetegen_rec.scoring.layout import Layout
@@ -104,8 +104,15 @@ class Scorer:
 
         Raises:
             ArtifactError: the artifact was exported without `raw_integers`.
+            DataError: the arrays are of other shapes or types.
         """
         graph = self._load_once("integers", lambda: load_part(*self._source, "integers"))
+        shape = (len(values), self._layout.num_slots)
+        if not _is(values, np.int64, shape) or not _is(given, np.bool_, shape):
+            raise DataError(
+                f"values are {values.dtype} {values.shape}, given is {given.dtype} {given.shape}; give int64 "
+                f"and bool, both of shape (rows, {shape[1]})"
+            )
         return self._in_pieces(graph, values, given)
 
     def ids(self, rows: Rows) -> NDArray[np.int64]:
@@ -149,3 +156,7 @@ class Scorer:
         with torch.inference_mode():
             probabilities: NDArray[np.float32] = graph(*map(torch.from_numpy, rows), self._tables).numpy()
         return probabilities
+
+
+def _is(array: NDArray[Any], dtype: type[np.generic], shape: tuple[int, int]) -> bool:
+    return array.dtype == dtype and array.shape == shape

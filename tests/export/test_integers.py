@@ -10,6 +10,7 @@ from hetegen_rec.cli import main
 from hetegen_rec.config.errors import ConfigError
 from hetegen_rec.config.export import ExportConfig
 from hetegen_rec.config.schema import Schema
+from hetegen_rec.data.raw import DataError
 from hetegen_rec.data.statistics import FieldStatistics, Statistics
 from hetegen_rec.export.part_parity import integers_of
 from hetegen_rec.export.parts import check_parts
@@ -102,6 +103,21 @@ def test_what_stands_where_nothing_is_given_does_not_matter(scorer):
     noise = np.random.default_rng(0).integers(INT64.min, INT64.max, values.shape)
     found = scorer.score_integers(np.where(given, values, noise), given)
     np.testing.assert_array_equal(found, scorer.score_integers(values, given))
+
+
+@pytest.mark.parametrize(
+    ("of_values", "of_given"),
+    [
+        (np.zeros((2, 7), np.int64), np.zeros((2, 8), np.bool_)),
+        (np.zeros((2, 8), np.int32), np.zeros((2, 8), np.bool_)),
+        (np.zeros((2, 8), np.int64), np.zeros((1, 8), np.bool_)),
+        (np.zeros((2, 8), np.int64), np.zeros((2, 8), np.uint8)),
+    ],
+    ids=["a slot less", "32 bits", "a row less", "bytes"],
+)
+def test_arrays_of_another_form_are_refused(of_values, of_given, scorer):
+    with pytest.raises(DataError, match=r"give int64 and bool, both of shape \(rows, 8\)"):
+        scorer.score_integers(of_values, of_given)
 
 
 def test_the_gate_compares_both_ways(scorer):
