@@ -137,7 +137,7 @@ def _parser_of(verb: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.max_steps=4")
     parser.set_defaults(stage=None, checkpoint=None, split="test", input=[], output=None)
-    parser.set_defaults(fresh=False, accept_changes=False, with_report=True, delta_from=None)
+    parser.set_defaults(fresh=False, accept_changes=False, with_report=True, delta_from=None, triton=None)
     if verb in ("pretrain", "finetune", "joint", "scratch", "demo"):
         _add_training_options(parser)
     if verb == "incremental":
@@ -155,10 +155,16 @@ def _parser_of(verb: str) -> argparse.ArgumentParser:
         parser.add_argument(
             "--output", metavar="DIR", help="new directory of the artifact (default: in the run's)"
         )
-        parser.add_argument(
+        form = parser.add_mutually_exclusive_group()
+        form.add_argument(
             "--delta-from",
             metavar="ARTIFACT",
             help="write only what changed since an earlier artifact, for `hetegen apply-delta`",
+        )
+        form.add_argument(
+            "--triton",
+            metavar="DIR",
+            help="also put the artifact into this model repository of a Triton server, as a new version",
         )
     if verb == "predict":
         _add_row_options(parser)
@@ -227,6 +233,7 @@ def _run(verb: str, options: argparse.Namespace) -> int:
                 accept_changes=options.accept_changes,
                 with_report=options.with_report,
                 delta_from=options.delta_from,
+                triton=options.triton,
             )
             with show_log(runtime.rank):
                 return _run_job(VERBS[verb][0], job)

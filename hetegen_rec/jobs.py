@@ -29,6 +29,7 @@ from hetegen_rec.evaluation.results import (
 from hetegen_rec.evaluation.tables import results_tables
 from hetegen_rec.export.delta import write_delta
 from hetegen_rec.export.summary import artifact_table, delta_table
+from hetegen_rec.export.triton import add_to_repository
 from hetegen_rec.inference.scorer import Scorer
 from hetegen_rec.locks import directory_lock
 from hetegen_rec.scoring.manifest import Artifact, open_artifact
@@ -73,6 +74,8 @@ class Job:
     """Write the run's report.html after training and evaluation."""
     delta_from: str | None = None
     """The artifact that an export should only tell the changes of."""
+    triton: str | None = None
+    """Model repository of a Triton server that an exported artifact also goes to."""
 
 
 def prepare_data(job: Job) -> None:
@@ -132,6 +135,9 @@ def export(job: Job) -> None:
     else:
         _export_delta(job, found, open_artifact(job.delta_from), target)
     terminal.results().print(f"{kind}: {target}")
+    if job.triton is not None:
+        version = add_to_repository(Path(job.triton), open_artifact(target, verify=False))
+        terminal.results().print(f"triton: {version}")
 
 
 def report(job: Job) -> None:
