@@ -150,7 +150,8 @@ class Endpoints:
                 raise ClientDisconnect
             raise OverloadedError(f"no scores after {deadline:g} s; ask again later")
         finally:
-            submitted.cancel()
+            submitted.cancel()  # at once, before the scoring thread takes it
+            scores.cancel()  # or what becomes of it now would be logged as missed, values included
             leaving.cancel()
 
 

@@ -22,6 +22,8 @@ ARROW_STREAM = "application/vnd.apache.arrow.stream"
 
 Decoded: TypeAlias = "list[Row] | pa.Table"
 _KEYS = ("rows", "shared")
+_MOST_SHARED_BYTES = 64 << 20
+"""Of shared columns, written out for every row."""
 
 
 class BodyError(ValueError):
@@ -56,29 +58,56 @@ def format_of(content_type: str | None) -> BodyFormat:
     return FORMATS[media_type]
 
 
-def _decode_json(body: bytes, _: Sequence[str]) -> list[Row]:
+def _decode_json(body: bytes, columns: Sequence[str]) -> list[Row]:
     try:
-        content = json.loads(body)
+        return _rows_of(json.loads(body), columns)
+    except BodyError:
+        raise
     except RecursionError as error:
         raise BodyError(400, "the body is no JSON that can be read: it is nested too deeply") from error
     except ValueError as error:  # of syntax, of UTF-8, and of numbers with thousands of digits
         raise BodyError(400, f"the body is no JSON: {error}") from error
+
+
+def _rows_of(content: object, columns: Sequence[str]) -> list[Row]:
+    """The rows of a document, each with the columns that they share."""
     if not isinstance(content, dict) or not isinstance(content.get("rows"), list):
         raise BodyError(400, 'the body must be {"rows": [{column: value, ...}, ...]}')
     unknown = [key for key in content if key not in _KEYS]
     if unknown:
         raise BodyError(400, f"the body has the key {unknown[0]!r}; known are {', '.join(_KEYS)}")
-    shared = content.get("shared", {})
+    rows, shared = content["rows"], content.get("shared", {})
     if not isinstance(shared, dict):
         raise BodyError(400, "`shared` must be an object of columns, which hold for every row")
-    rows: list[Row] = content["rows"]
+    _require_flat(shared, columns, "`shared`")
     for place, row in enumerate(rows):
         if not isinstance(row, dict):
             raise BodyError(400, f"row {place} is no object of columns")
         twice = shared.keys() & row.keys()
         if twice:
             raise BodyError(400, f"row {place} has the column {min(twice)!r}, which stands under `shared`")
-    return [{**shared, **row} for row in rows] if shared else rows
+        _require_flat(row, columns, f"row {place}")
+    if not shared:
+        return rows
+    if len(json.dumps(shared)) * len(rows) > _MOST_SHARED_BYTES:
+        raise BodyError(
+            413,
+            f"`shared` for each of {len(rows):,} rows is more than {_MOST_SHARED_BYTES:,} bytes; send fewer "
+            "rows",
+        )
+    return [{**shared, **row} for row in rows]
+
+
+def _require_flat(row: Row, columns: Sequence[str], where: str) -> None:
+    """Raises BodyError for values within values: Arrow takes seconds for deep ones, only to refuse them."""
+    for column in columns:
+        value = row.get(column)
+        if isinstance(value, dict) or (isinstance(value, list) and any(map(_is_nested, value))):
+            raise BodyError(422, f"{where}: column {column!r} is nested; send a value or a list of values")
+
+
+def _is_nested(value: object) -> bool:
+    return isinstance(value, list | dict)
 
 
 def _encode_json(probabilities: NDArray[np.float32]) -> bytes:

@@ -65,6 +65,12 @@ def test_shared_columns_hold_for_every_row(server):
     assert len(set(answer.json()["probabilities"])) == 8
 
 
+def test_shared_columns_that_grow_too_large_over_the_rows_are_refused(server):
+    answer = server.score([{}] * 1000, shared={"history": [1] * 100_000})
+    assert answer.status_code == 413
+    assert "send fewer rows" in answer.json()["detail"]
+
+
 @pytest.mark.parametrize("body", [b'{"rows": []}', stream(TABLE.slice(0, 0))], ids=["json", "arrow"])
 def test_no_rows_get_no_scores(server, body):
     content_type = JSON if body.startswith(b"{") else ARROW_STREAM
@@ -219,6 +225,13 @@ def test_fuzzed_rows_never_fail_the_server(server, rows, shared):
     assert answer.status_code in {200, 400, 422}, answer.text
     if answer.status_code == 200:
         assert len(answer.json()["probabilities"]) == len(rows)
+
+
+@pytest.mark.parametrize("depth", [50, 400, 900, 980, 5000])
+@pytest.mark.parametrize("place", [b'{"rows": [{"tags": %s}]}', b'{"rows": [{}], "shared": {"tags": %s}}'])
+def test_deep_values_never_fail_the_server(server, place, depth):
+    assert post(server, place % (b"[" * depth + b"]" * depth)).status_code in {400, 422}
+    assert post(server, place % (b'{"a":' * depth + b"1" + b"}" * depth)).status_code in {400, 422}
 
 
 @given(body=VALUES)

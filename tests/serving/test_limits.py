@@ -1,6 +1,8 @@
 """Limits of size, time and queue, and what becomes of requests that nobody waits for."""
 
 import asyncio
+import gc
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from in_process import InProcess
 from tiny_artifact import raw_rows
 
+from hetegen_rec.data.raw import DataError
 from hetegen_rec.serving.batching import OverloadedError
 
 ROWS = raw_rows(40)
@@ -85,6 +88,24 @@ def test_a_request_without_scores_at_its_deadline_is_given_up(artifact):
         answer = server.score(ROWS[:1])
         assert answer.status_code == 503
         assert "no scores after 0.05 s" in answer.json()["detail"]
+
+
+def test_what_becomes_of_a_request_that_was_given_up_is_not_logged(artifact, caplog, monkeypatch):
+    """Values of its rows stand in the error that it ends with."""
+    given_up = threading.Event()
+
+    def encode_late(rows):
+        given_up.wait(30)
+        raise DataError("secret")
+
+    with InProcess(artifact, deadline_seconds=0.05) as server:
+        monkeypatch.setattr(server.served.scorer, "ids", encode_late)
+        assert server.score(ROWS[:1]).status_code == 503
+        given_up.set()
+        server.batcher.close()
+        server.run(asyncio.sleep, 0.01)
+        gc.collect()  # where nobody has seen the error of a future, asyncio logs it at its end
+    assert [line for line in caplog.messages if "secret" in line] == []
 
 
 def test_a_request_whose_client_left_is_not_scored(artifact):
