@@ -1,22 +1,28 @@
-"""Runs a function or a script on n gloo ranks of this machine, under a hard time limit."""
+"""Runs a function on n gloo ranks of this machine, under a hard time limit."""
 
-import contextlib
-import importlib.util
+import atexit
 import os
 import pickle
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from multiprocessing import Pipe, connection
 from pathlib import Path
 from typing import Any
+
+from rank_server import Request
 
 DEFAULT_TIMEOUT = 240.0
 _GRACE = 10.0  # seconds for the others to notice that a rank failed
 _TESTS = Path(__file__).parent
+_SETTINGS = {
+    "CUDA_VISIBLE_DEVICES": "",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": os.pathsep.join([str(_TESTS.parent), str(_TESTS)]),
+}
 
 
 class RanksFailedError(AssertionError):
@@ -30,89 +36,144 @@ def run_ranks(
 
     The function finds the launcher's environment and starts the runtime itself. Arguments and results
     are pickled.
-    """
-    with tempfile.TemporaryDirectory() as directory:
-        call = Path(directory) / "call"
-        source = sys.modules[function.__module__].__file__
-        call.write_bytes(pickle.dumps((source, function.__name__, arguments)))
-        run_script(num_ranks, [__file__, str(call)], timeout=timeout)
-        return [pickle.loads(Path(f"{call}.{rank}").read_bytes()) for rank in range(num_ranks)]
-
-
-def run_script(num_ranks: int, command: Sequence[str], *, timeout: float = DEFAULT_TIMEOUT) -> list[str]:
-    """Runs `python COMMAND...` on every rank of a new job, and returns what each wrote, by rank.
 
     Raises:
         RanksFailedError: a rank ended with an error, or `timeout` seconds were not enough. All ranks and
             their children are gone then.
     """
-    port = _free_port()
-    ranks = [_start(rank, num_ranks, port, command) for rank in range(num_ranks)]
-    try:
-        in_time = _wait(ranks, timeout)
-    finally:
-        for process, _ in ranks:
-            _kill_group(process)
-    outputs = [_read(output) for _, output in ranks]
-    codes = [process.wait() for process, _ in ranks]
-    if not in_time or any(codes):
-        reason = f"exit codes {codes}" if in_time else f"not done after {timeout} s"
-        texts = "\n".join(f"--- rank {rank} ---\n{text[-4000:]}" for rank, text in enumerate(outputs))
-        raise RanksFailedError(f"{num_ranks} ranks of {' '.join(command)}: {reason}\n{texts}")
-    return outputs
+    servers = [_server_of(rank) for rank in range(num_ranks)]
+    for server in servers:
+        server.wait_until_ready()
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        source = sys.modules[function.__module__].__file__
+        (directory / "call").write_bytes(pickle.dumps((source, function.__name__, arguments)))
+        requests = _requests(num_ranks, directory)
+        try:
+            for server, request in zip(servers, requests, strict=True):
+                server.start(request)
+            in_time = _wait(servers, timeout)
+        finally:
+            codes = [server.end() for server in servers]
+        if not in_time or any(codes):
+            reason = f"exit codes {codes}" if in_time else f"not done after {timeout} s"
+            texts = "\n".join(f"--- rank {rank} ---\n{_end_of(one)}" for rank, one in enumerate(requests))
+            raise RanksFailedError(f"{num_ranks} ranks of {function.__name__}: {reason}\n{texts}")
+        return [pickle.loads(request.result.read_bytes()) for request in requests]
 
 
-def _start(
-    rank: int, num_ranks: int, port: int, command: Sequence[str]
-) -> tuple[subprocess.Popen[bytes], Any]:
-    output = tempfile.TemporaryFile()  # noqa: SIM115 - read at the end; an unread pipe would block
-    environment = os.environ | {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(num_ranks),
-        "LOCAL_WORLD_SIZE": str(num_ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONFAULTHANDLER": "1",  # where a crashed rank stood
-        "PYTHONPATH": os.pathsep.join([str(_TESTS.parent), str(_TESTS)]),
-    }
-    process = subprocess.Popen(
-        [sys.executable, *command],
-        env=environment,
-        stdout=output,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-    return process, output
+class _Server:
+    """This side of a `rank_server`, which ends with it."""
+
+    def __init__(self) -> None:
+        self.connection, other = Pipe()
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the process
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", f"import rank_server; rank_server.serve({other.fileno()})"],
+            cwd=_TESTS,
+            # The allocator that pyarrow brings along, and does not use, would have a thread.
+            env=os.environ | _SETTINGS | {"JE_ARROW_MALLOC_CONF": "background_thread:false"},
+            stdin=subprocess.DEVNULL,
+            stdout=self._output,
+            stderr=subprocess.STDOUT,
+            pass_fds=[other.fileno()],
+            start_new_session=True,
+        )
+        other.close()
+        self._is_ready = False
+        self._exit_code: int | None = 0
+
+    def wait_until_ready(self) -> None:
+        """Waits until all is imported."""
+        if not self._is_ready:
+            self._is_ready = self._receive() == "ready"
+
+    def start(self, request: Request) -> None:
+        """Makes a rank."""
+        self._exit_code = None
+        self.connection.send(request)
+
+    def take_exit_code(self) -> int:
+        """Waits until the rank has ended."""
+        if self._exit_code is None:
+            self._exit_code = self._receive()
+        return self._exit_code
+
+    def end(self) -> int:
+        """Ends the rank, if it has not ended yet, with its children; the exit code."""
+        if self._exit_code is None:
+            self.connection.send("end")
+        return self.take_exit_code()
+
+    def close(self) -> None:
+        self.connection.close()
+        self._process.wait()
+
+    def _receive(self) -> Any:
+        try:
+            return self.connection.recv()
+        except (EOFError, ConnectionError) as error:
+            self._output.seek(0)
+            text = self._output.read().decode(errors="replace")
+            raise RuntimeError(f"the process that ranks are forks of has ended:\n{text}") from error
 
 
-def _wait(ranks: list[tuple[subprocess.Popen[bytes], Any]], timeout: float) -> bool:
+_servers: dict[int, _Server] = {}
+
+
+def _server_of(rank: int) -> _Server:
+    """One for each index, so that the ranks of a job differ in their hashes of strings, as real ones do."""
+    if rank not in _servers:
+        _servers[rank] = _Server()
+    return _servers[rank]
+
+
+@atexit.register
+def _close_servers() -> None:
+    for server in _servers.values():
+        server.close()
+
+
+def _requests(num_ranks: int, directory: Path) -> list[Request]:
+    port = str(_free_port())
+    return [
+        Request(
+            call=directory / "call",
+            result=directory / f"result-{rank}",
+            output=directory / f"output-{rank}",
+            directory=Path.cwd(),
+            environment=os.environ
+            | _SETTINGS
+            | {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(num_ranks),
+                "LOCAL_WORLD_SIZE": str(num_ranks),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            },
+        )
+        for rank in range(num_ranks)
+    ]
+
+
+def _wait(servers: Sequence[_Server], timeout: float) -> bool:
     """Waits for all, or for the limit; once a rank has failed the others get a short grace."""
+    running = {server.connection: server for server in servers}
     deadline = time.monotonic() + timeout
     failed = False
-    while time.monotonic() < deadline:
-        codes = [process.poll() for process, _ in ranks]
-        if None not in codes:
-            return True
-        if any(codes) and not failed:
-            failed = True
-            deadline = min(deadline, time.monotonic() + _GRACE)
-        time.sleep(0.05)
-    return failed
+    while running and time.monotonic() < deadline:
+        for told in connection.wait([*running], deadline - time.monotonic()):
+            code = running.pop(told).take_exit_code()
+            if code and not failed:
+                failed = True
+                deadline = min(deadline, time.monotonic() + _GRACE)
+    return failed or not running
 
 
-def _kill_group(process: subprocess.Popen[bytes]) -> None:
-    with contextlib.suppress(ProcessLookupError):  # ended, with all its children
-        os.killpg(process.pid, signal.SIGKILL)
-
-
-def _read(output: Any) -> str:
-    output.seek(0)
-    text: str = output.read().decode(errors="replace")
-    output.close()
-    return text
+def _end_of(request: Request) -> str:
+    """The end of what a rank wrote."""
+    return request.output.read_text(errors="replace")[-4000:] if request.output.exists() else ""
 
 
 def _free_port() -> int:
@@ -120,20 +181,3 @@ def _free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
-
-
-def _call(path: str) -> None:
-    """Body of one rank: calls what `run_ranks` asked for and leaves the result beside the request."""
-    source, name, arguments = pickle.loads(Path(path).read_bytes())
-    spec = importlib.util.spec_from_file_location(Path(source).stem, source)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    result = getattr(module, name)(*arguments)
-    Path(f"{path}.{os.environ['RANK']}").write_bytes(pickle.dumps(result))
-
-
-if __name__ == "__main__":
-    _call(sys.argv[1])

@@ -1,8 +1,8 @@
 from dataclasses import replace
 
-from multirank import run_script
+from multirank import run_ranks
 
-from benchmarks.checkpoint_pause import Repeat, report
+from benchmarks.checkpoint_pause import Repeat, main, report
 
 TAKEN = Repeat(
     step_alone=0.5,
@@ -27,9 +27,13 @@ def test_the_first_save_stands_apart_and_shares_are_those_of_one_repeat():
     assert lines[-1].endswith("for 50 % at the first one.")
 
 
+def measure(options):
+    assert main(options) == 0
+
+
 def test_it_runs_on_two_ranks_and_leaves_the_table_only(tmp_path):
     options = ["--mib", "2", "--repeats", "2", "--steps", "1", "--directory", str(tmp_path / "scratch")]
-    run_script(2, ["-m", "benchmarks.checkpoint_pause", *options, "--out", str(tmp_path / "table.md")])
+    run_ranks(2, measure, [*options, "--out", str(tmp_path / "table.md")])
     text = (tmp_path / "table.md").read_text()
     assert "on 2 ranks, 2 repeats." in text
     assert "`torchrun --nproc-per-node 2 -m benchmarks.checkpoint_pause --mib 2" in text
