@@ -32,6 +32,7 @@ from hetegen_rec.export.summary import artifact_table, delta_table
 from hetegen_rec.export.triton import add_to_repository
 from hetegen_rec.inference.scorer import Scorer
 from hetegen_rec.locks import directory_lock
+from hetegen_rec.models.embedding import table_shapes
 from hetegen_rec.scoring.manifest import Artifact, open_artifact
 from hetegen_rec.training import stages
 from hetegen_rec.training.checkpoint import CheckpointInfo, Checkpoints
@@ -318,6 +319,10 @@ def _export(job: Job, found: Found, target: Path) -> None:
     # Torch's compilers take a second to import, which no other verb should pay.
     from hetegen_rec.export.package import Exporter
 
+    shapes = table_shapes(config.features, statistics, config.model.dim)
+    found.checkpoints.check_tables(
+        found.checkpoint, {shape.name: (shape.num_rows, shape.dim) for shape in shapes}
+    )
     exporter = Exporter(config, found.stage, found.checkpoint, statistics, runtime, open_rows)
     terminal.results().print(artifact_table(exporter.write(target)))
 
