@@ -16,8 +16,8 @@ from toy_model import TABLES, Job
 from hetegen_rec.config import Schema
 from hetegen_rec.config.schema import Field
 from hetegen_rec.distributed.runtime import Runtime, start_runtime
+from hetegen_rec.sealing import sealed, unsealed
 from hetegen_rec.training.checkpoint import CheckpointError, read_info, schema_fingerprint
-from hetegen_rec.training.checkpoint_store import sealed, unsealed
 from hetegen_rec.training.checkpoint_writer import Best
 
 TRAINED = 3

@@ -12,7 +12,8 @@ import torch.distributed.checkpoint as dcp
 from fsspec.implementations.memory import MemoryFileSystem
 
 from hetegen_rec.config.errors import ConfigError
-from hetegen_rec.training.checkpoint_store import Store, damaged_files, sealed, unsealed
+from hetegen_rec.sealing import sealed, unsealed
+from hetegen_rec.training.checkpoint_store import Store, damaged_files
 
 
 @pytest.fixture(params=["path", "file URL", "memory URL"])
