@@ -153,7 +153,7 @@ def _ids(config: RunConfig, scorer: Scorer, num_rows: int) -> NDArray[np.int64]:
 
 def _eager(model: torch.nn.Module, batch: Batch) -> Call:
     def call() -> object:
-        with torch.inference_mode():
+        with torch.no_grad():
             return model(batch)[1].logits.sigmoid()
 
     return call

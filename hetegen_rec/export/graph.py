@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hetegen_rec.config.export import Backend, DensePrecision, TablePrecision
+from hetegen_rec.export.attention import attend_by_products
 from hetegen_rec.export.fbgemm import FbgemmLookup
 from hetegen_rec.export.lookup import Lookup, PlainLookup
 from hetegen_rec.models.network import ClickNetwork
@@ -91,6 +92,7 @@ class ScoringGraph(nn.Module):
         super().__init__()
         self.layout = layout
         self.network = scoring_part(network)
+        attend_by_products(self.network, len(layout.schema.tokens) + 1)  # and the label
         self._make_lookup = partial(_LOOKUPS[backend], dims=dims, precision=precision)
         self.tokens = self.tokens_of(layout)
         self._dtype = torch.bfloat16 if dense == "bf16" else torch.float32

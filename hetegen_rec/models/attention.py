@@ -1,5 +1,6 @@
 """Self-attention over the tokens of a row, guided by the difficulty of their fields."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +33,7 @@ class GuidedAttention(nn.Module):
         self.num_heads = config.num_heads
         self.guidance = config.guidance
         self.dropout = dropout
+        self.attend: Callable[..., Tensor] = functional.scaled_dot_product_attention
         self.input = nn.Linear(dim, 3 * dim)
         self.output = nn.Linear(dim, dim)
 
@@ -47,7 +49,7 @@ class GuidedAttention(nn.Module):
             query = query * gain
         if self.guidance == "query_key":
             key = key * gain
-        mixed = functional.scaled_dot_product_attention(
+        mixed = self.attend(
             query,
             key,
             value,
