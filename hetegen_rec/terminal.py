@@ -58,6 +58,7 @@ def quiet_libraries() -> None:
         "`broadcast_buffers` is deprecated",
         "Please use DTensor instead",
         ".*reduce_scatter_tensor.* is deprecated",
+        ".*treespec, LeafSpec.* is deprecated",
     ):
         warnings.filterwarnings("ignore", message, FutureWarning)
     # "is_fx_tracing will return true for both ..."

@@ -12,10 +12,10 @@ _FLOAT_BYTES = 4
 def attend_by_products(network: nn.Module, num_elements: int) -> None:
     """Lets the attention of a network over few elements be two batched matrix products around a softmax.
 
-    The fused kernel of the CPU works row by row. On sets as small as those of a click log it is up to 2.4 times as
-    slow, and from some 20 elements on no faster on two threads than on one. The results are the same but for
-    rounding. Products keep the logits, so they are not for long sequences, nor for training, whose backward pass
-    is slower by them.
+    The fused kernel of the CPU works row by row. On sets as small as those of a click log it is up to 2.4
+    times as slow, and from some 20 elements on no faster on two threads than on one. The results are the same
+    but for rounding. Products keep the logits, so they are not for long sequences, nor for training, whose
+    backward pass is slower by them.
 
     Args:
         network: whose attention is changed in place.
