@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -298,4 +299,16 @@ def _first_rows(reader: Reader, num_rows: int) -> Iterator[Batch]:
 
 
 def _versions() -> dict[str, str]:
-    return {"hetegen_rec": metadata.version("hetegen-rec")}
+    """The version of the package, and where it runs from a checkout, the commit of that."""
+    versions = {"hetegen_rec": metadata.version("hetegen-rec")}
+    checkout = Path(__file__).parents[2]
+    if (checkout / ".git").exists() and shutil.which("git") is not None:
+        described = subprocess.run(
+            ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if described.returncode == 0:
+            versions["commit"] = described.stdout.strip()
+    return versions

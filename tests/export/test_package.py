@@ -1,6 +1,7 @@
 """From a checkpoint of two ranks to an artifact that scores as evaluation does."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +80,7 @@ def test_the_manifest_tells_what_it_was_made_of(directory, artifacts):
     assert found["greatest_difference"] < 1e-5
     assert found["auc_of_training_model"] == pytest.approx(evaluation["splits"]["valid"]["auc"], abs=1e-6)
     assert manifest.vocabularies["user_id"].value_type == "integer"
+    assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", manifest.versions.get("commit", "0" * 40))
 
 
 def test_the_same_command_replaces_the_artifact_of_the_run_but_no_directory_of_others(directory, capsys):
