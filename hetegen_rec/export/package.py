@@ -37,7 +37,7 @@ from hetegen_rec.export.parity import compare, require_parity
 from hetegen_rec.export.part_parity import compare_candidates, compare_integers
 from hetegen_rec.export.parts import check_parts, parts_of
 from hetegen_rec.export.reference import Reference
-from hetegen_rec.export.strategies import build_strategies, needs_validation_rows, write_strategies
+from hetegen_rec.export.strategies import Exported, build_strategies, needs_validation_rows, write_strategies
 from hetegen_rec.files import replace_directory
 from hetegen_rec.inference.building import TrainedModel
 from hetegen_rec.models.embedding import table_shapes
@@ -48,6 +48,7 @@ from hetegen_rec.scoring.manifest import (
     FORMAT_VERSION,
     Artifact,
     Manifest,
+    TableGroup,
     describe_files,
     write_manifest,
 )
@@ -59,6 +60,7 @@ from hetegen_rec.training.stored_tables import StoredWeights
 
 logger = logging.getLogger(__name__)
 
+_HEADS = "reconstruction."
 _ROWS_AT_ONCE = 1 << 16  # of a table that has grown, while its new rows are made
 
 
@@ -122,9 +124,26 @@ class Exporter:
         return manifest
 
     def _write(self, root: Path) -> Manifest:
-        config = self._config.export
         network = self._network()
         reference = Reference(self._config.features, self._dims, self._batches, self._others())
+        groups = self._write_tables(root, reference)
+        lookup = reference.lookup(network)
+        strategies = build_strategies(
+            TrainedModel(self._config, self._statistics, lookup, self._runtime, self._open_split)
+        )
+        manifest = self._describe(root, groups, strategies)
+        self._compile(root, network, manifest)
+        manifest = manifest.model_copy(update={"files": describe_files(root)})
+        write_manifest(root, manifest)
+        expected = {name: reference.score_by(one, lookup) for name, one in strategies.items()}
+        parity = self._compare(root, reference.score(network), expected)
+        manifest = manifest.model_copy(update={"parity": parity})
+        write_manifest(root, manifest)
+        return manifest
+
+    def _write_tables(self, root: Path, reference: Reference) -> list[TableGroup]:
+        """Writes every table, in one pass in which the reference takes the rows that it needs."""
+        config = self._config.export
         groups = make_groups(self._dims, self._rows, config.tables, config.backends)
         encode = row_encoder(config.tables, config.backends, self._dims)
         with writing(root, groups, self._rows, encode) as writers:
@@ -132,32 +151,39 @@ class Exporter:
                 for first_row, rows in self._table(table):
                     writers[table].write(table, first_row, rows)
                     reference.take(table, first_row, rows)
-        lookup = reference.lookup(network)
-        strategies = build_strategies(
-            TrainedModel(self._config, self._statistics, lookup, self._runtime, self._open_split)
-        )
-        manifest = Manifest(
+        return groups
+
+    def _describe(
+        self, root: Path, groups: list[TableGroup], strategies: Mapping[ScoringStrategy, Exported]
+    ) -> Manifest:
+        """Writes what encodes and what strategies need; the manifest, still without back ends and files."""
+        config, features, statistics = self._config.export, self._config.features, self._statistics
+        return Manifest(
             format_version=FORMAT_VERSION,
             name=self._config.name,
             stage=self._stage,
             step=self._info.step,
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             versions=_versions(),
-            features=self._config.features,
-            vocabularies=write_vocabularies(root, self._config.features, self._statistics, self._values()),
+            features=features,
+            vocabularies=write_vocabularies(root, features, statistics, self._values()),
             precision=config.tables,
             dense=config.dense,
             tables=groups,
             backends={},
             strategies=["plain", *strategies],
             inference=write_strategies(
-                root, strategies, self._statistics, list(self._dims), self._config.inference
+                root, strategies, statistics, list(self._dims), self._config.inference
             ),
             shared_fields=list(config.shared_fields),
             metrics=self._metrics(),
             parity={},
             files={},
         )
+
+    def _compile(self, root: Path, network: ClickNetwork, manifest: Manifest) -> None:
+        """Writes the network for every back end, and tells the manifest."""
+        config = self._config.export
         for backend in config.backends:
             logger.info("compiling the network for %s", backend)
             graph = ScoringGraph(network, self._layout, self._dims, config.tables, config.dense, backend)
@@ -166,13 +192,6 @@ class Exporter:
             wanted = parts_of(graph, tables, config, self._statistics)
             parts = {name: compile_part(part, name, backend, root) for name, part in wanted.items()}
             manifest.backends[backend] = entry.model_copy(update={"parts": parts})
-        manifest = manifest.model_copy(update={"files": describe_files(root)})
-        write_manifest(root, manifest)
-        expected = {name: reference.score_by(one, lookup) for name, one in strategies.items()}
-        parity = self._compare(root, reference.score(network), expected)
-        manifest = manifest.model_copy(update={"parity": parity})
-        write_manifest(root, manifest)
-        return manifest
 
     def _network(self) -> ClickNetwork:
         """The trained network, of which only what scores is loaded."""
@@ -187,9 +206,10 @@ class Exporter:
             config.seed,
         )
         network = model.network.eval()
-        state = network.state_dict()
-        stored = self._weights.dense({f"network.{name}": value for name, value in state.items()})
-        network.load_state_dict({name: stored[f"network.{name}"] for name in state})
+        # Heads that reconstruct score nothing, and have other sizes where vocabularies have grown.
+        wanted = {name: value for name, value in network.state_dict().items() if not name.startswith(_HEADS)}
+        stored = self._weights.dense({f"network.{name}": value for name, value in wanted.items()})
+        network.load_state_dict({name: stored[f"network.{name}"] for name in wanted}, strict=False)
         return network
 
     def _others(self) -> Iterator[Batch]:
