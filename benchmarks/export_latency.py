@@ -208,7 +208,7 @@ def _page(
             "# Artifacts: size, load time and latency",
             "",
             f"{made_of}. {machine()}, {torch.get_num_threads()} threads.",
-            "Made by `python -m benchmarks.export_latency`.",
+            f"Made by `python -m benchmarks.export_latency` at commit {first.versions.get('commit', 'unknown')}.",
             "",
             _HOW,
             "",
