@@ -201,6 +201,7 @@ def _page(
         columns += [f"{rows}: p50", "p99", "faster"]
     columns.append("rows/s at 512")
     first = candidates[0].manifest
+    commit = first.versions.get("commit", "unknown")
     made_of = f"{first.name}, {first.stage}, step {info.step}, checkpoint of {info.world_size} ranks"
     encoded = ", ".join(f"{1e3 * encoding[rows]:.2f} ms for {rows}" for rows in ROWS)
     return "\n".join(
@@ -208,7 +209,7 @@ def _page(
             "# Artifacts: size, load time and latency",
             "",
             f"{made_of}. {machine()}, {torch.get_num_threads()} threads.",
-            f"Made by `python -m benchmarks.export_latency` at commit {first.versions.get('commit', 'unknown')}.",
+            f"Made by `python -m benchmarks.export_latency` at commit {commit}.",
             "",
             _HOW,
             "",
