@@ -32,7 +32,7 @@ from hetegen_rec.data.raw import iter_tables, list_row_groups
 from hetegen_rec.data.reader import Reader
 from hetegen_rec.data.statistics import Statistics
 from hetegen_rec.distributed.runtime import Runtime, start_runtime
-from hetegen_rec.export.package import Exporter, parity_split
+from hetegen_rec.export.package import PARITY_SPLIT, Exporter
 from hetegen_rec.scoring.manifest import Manifest
 from hetegen_rec.scoring.precision import stored_parts
 from hetegen_rec.scoring.scorer import Scorer
@@ -143,11 +143,11 @@ def _candidates(
 def _batch(config: RunConfig, statistics_: Statistics, runtime: Runtime, num_rows: int) -> Batch:
     train = config.train.model_copy(update={"eval_batch_size": num_rows})
     sized = config.model_copy(update={"train": train})
-    return next(iter(open_split(sized, parity_split(config), statistics_, runtime).epoch(Cursor())))
+    return next(iter(open_split(sized, PARITY_SPLIT, statistics_, runtime).epoch(Cursor())))
 
 
 def _ids(config: RunConfig, scorer: Scorer, num_rows: int) -> NDArray[np.int64]:
-    group = list_row_groups(config.data.raw_paths(parity_split(config)))[0]
+    group = list_row_groups(config.data.raw_paths(PARITY_SPLIT))[0]
     return scorer.ids(next(iter_tables(group, config.features, labelled=False)).slice(0, num_rows))
 
 
@@ -174,7 +174,7 @@ def _measure(calls: list[tuple[list[float], Call]], repeats: int) -> None:
 
 def _encoding(config: RunConfig, scorer: Scorer) -> dict[int, float]:
     """Median seconds of encoding raw rows, by their number."""
-    group = list_row_groups(config.data.raw_paths(parity_split(config)))[0]
+    group = list_row_groups(config.data.raw_paths(PARITY_SPLIT))[0]
     table = next(iter_tables(group, config.features, labelled=False))
     medians = {}
     for num_rows in ROWS:

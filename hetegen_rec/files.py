@@ -3,6 +3,8 @@
 import ctypes
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _AT_FDCWD = -100
@@ -40,6 +42,19 @@ def replace_directory(source: Path, target: Path) -> None:
         target.rename(old)
         source.rename(target)
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def whole_directory(target: Path) -> Iterator[Path]:
+    """Context with a new directory beside a place, which it takes at the end; it vanishes on an error."""
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        replace_directory(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -9,6 +9,7 @@ from typing import get_args
 
 from hetegen_rec.config.export import Backend, ScoringStrategy
 from hetegen_rec.data.raw import DataError
+from hetegen_rec.launching.exit_codes import FAILED
 from hetegen_rec.locks import LockedError
 from hetegen_rec.scoring.delta import apply_delta
 from hetegen_rec.scoring.errors import ArtifactError
@@ -16,9 +17,6 @@ from hetegen_rec.scoring.files import score_files
 from hetegen_rec.scoring.scorer import Scorer
 from hetegen_rec.serving.settings import Settings
 from hetegen_rec.verbs import SCORING_VERBS
-
-FAILED = 2
-_BACKENDS: tuple[Backend, ...] = ("aten", "fbgemm", "aoti")
 
 
 class MissingPackageError(RuntimeError):
@@ -56,7 +54,7 @@ def _add_artifact_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("artifact", help="directory that `hetegen export` wrote")
     parser.add_argument(
         "--backend",
-        choices=_BACKENDS,
+        choices=get_args(Backend),
         default=argparse.SUPPRESS,
         help="of the artifact's, the one to score by; left out, the fastest that can run here",
     )

@@ -35,6 +35,6 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def digest_of(content: Mapping[str, Any]) -> str:
-    """Digest of what a mapping says, in whatever order it says it."""
+def digest_of(content: object) -> str:
+    """Digest of plain values; mappings may say what they say in any order."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,6 +1,5 @@
 """The manifest of a prepared data set: what it was made from, so that stale data are noticed."""
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from hetegen_rec.config.run import RunConfig
 from hetegen_rec.config.schema import Schema
 from hetegen_rec.data.bad_shards import BadShard
 from hetegen_rec.data.raw import DataError
+from hetegen_rec.sealing import digest_of
 
 MANIFEST_FILE = "manifest.json"
 FORMAT_VERSION = 2
@@ -91,7 +91,7 @@ def schema_fingerprint(schema: Schema) -> str:
     described = schema.model_dump(mode="json")
     for field in described["fields"]:
         del field["dim"], field["reconstruct"]
-    return _fingerprint(described)
+    return digest_of(described)
 
 
 def input_fingerprint(
@@ -99,7 +99,7 @@ def input_fingerprint(
 ) -> str:
     """Identifies the raw files, the ids to keep, and the settings that shape what is written from them."""
     stamps = {split: [_stamp(path) for path in paths] for split, paths in files.items()}
-    return _fingerprint([stamps, kept_ids, data.encode, data.rows_per_group])
+    return digest_of([stamps, kept_ids, data.encode, data.rows_per_group])
 
 
 def _stamp(path: str) -> list[str | int]:
@@ -115,7 +115,3 @@ def _stamp(path: str) -> list[str | int]:
     # Object stores name the content (`ETag`) or the time of change, each in its own way.
     changed = info.get("ETag") or info.get("LastModified") or info.get("mtime") or info.get("created")
     return [path, info["size"], str(changed)]
-
-
-def _fingerprint(content: object) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,6 +1,5 @@
 """Writes a delta: what of an artifact differs from an earlier one, its base (see `scoring.delta`)."""
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import numpy as np
 from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 
-from hetegen_rec.files import link_or_copy, replace_directory, write_whole
+from hetegen_rec.files import link_or_copy, whole_directory, write_whole
 from hetegen_rec.scoring.delta import (
     DELTA,
     DELTA_VERSION,
@@ -39,15 +38,8 @@ def write_delta(base: Artifact, new: Artifact, target: Path) -> Delta:
     Returns:
         The content of its delta.json.
     """
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        delta = _write(base, new, partial)
-        replace_directory(partial, target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return delta
+    with whole_directory(target) as root:
+        return _write(base, new, root)
 
 
 def _write(base: Artifact, new: Artifact, root: Path) -> Delta:

@@ -38,7 +38,7 @@ from hetegen_rec.export.part_parity import compare_candidates, compare_integers
 from hetegen_rec.export.parts import check_parts, parts_of
 from hetegen_rec.export.reference import Reference
 from hetegen_rec.export.strategies import Exported, build_strategies, needs_validation_rows, write_strategies
-from hetegen_rec.files import replace_directory
+from hetegen_rec.files import whole_directory
 from hetegen_rec.inference.building import TrainedModel
 from hetegen_rec.models.embedding import table_shapes
 from hetegen_rec.models.hetegen import build_model
@@ -60,6 +60,8 @@ from hetegen_rec.training.stored_tables import StoredWeights
 
 logger = logging.getLogger(__name__)
 
+PARITY_SPLIT: Split = "valid"
+"""Whose first rows an artifact is held against the training model on."""
 _HEADS = "reconstruction."
 _ROWS_AT_ONCE = 1 << 16  # of a table that has grown, while its new rows are made
 
@@ -104,7 +106,7 @@ class Exporter:
         shapes = table_shapes(config.features, statistics, config.model.dim)
         self._dims = {shape.name: shape.dim for shape in shapes}
         self._rows = {shape.name: shape.num_rows for shape in shapes}
-        self._batches = list(_first_rows(open_split(parity_split(config)), config.export.parity_rows))
+        self._batches = list(_first_rows(open_split(PARITY_SPLIT), config.export.parity_rows))
 
     def write(self, target: Path) -> Manifest:
         """Writes the artifact; it appears whole or not at all, in place of an earlier one.
@@ -113,15 +115,8 @@ class Exporter:
             CheckpointError: the checkpoint does not fit the configuration.
             ParityError: a back end does not score as the training model does.
         """
-        partial = target.with_name(f".{target.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        try:
-            manifest = self._write(partial)
-            replace_directory(partial, target)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-        return manifest
+        with whole_directory(target) as root:
+            return self._write(root)
 
     def _write(self, root: Path) -> Manifest:
         network = self._network()
@@ -275,7 +270,7 @@ class Exporter:
         parity: dict[str, Any] = {}
         for backend in config.backends:
             scorer = Scorer.load(root, backend=backend)
-            found = {"split": parity_split(self._config), **gated(scorer.score(sample), reference, backend)}
+            found = {"split": PARITY_SPLIT, **gated(scorer.score(sample), reference, backend)}
             if by_strategy:
                 found["strategies"] = {
                     name: gated(scorer.score(sample, name), expected, f"{backend}, strategy {name}")
@@ -291,22 +286,13 @@ class Exporter:
     def _raw_sample(self, num_rows: int) -> pa.Table:
         """The first raw rows of the sample's split, as a caller would give them."""
         features, parts, left = self._config.features, [], num_rows
-        for group in list_row_groups(self._config.data.raw_paths(parity_split(self._config))):
+        for group in list_row_groups(self._config.data.raw_paths(PARITY_SPLIT)):
             for table in iter_tables(group, features, labelled=False):
                 parts.append(table.slice(0, left))
                 left -= len(parts[-1])
                 if not left:
                     return pa.concat_tables(parts, promote_options="permissive")
         return pa.concat_tables(parts, promote_options="permissive")
-
-
-def parity_split(config: RunConfig) -> Split:
-    """The split that an artifact is held against the training model on: valid, if there is one."""
-    splits = list(config.splits())
-    for split in ("valid", "test", "train"):
-        if split in splits:
-            return split
-    raise ConfigError("data.train names no files")
 
 
 def _first_rows(reader: Reader, num_rows: int) -> Iterator[Batch]:

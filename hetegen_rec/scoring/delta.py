@@ -6,7 +6,6 @@ artifact: whole, or, of the files of tables, the rows that changed, with a file 
 """
 
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from hetegen_rec.config.errors import Section
-from hetegen_rec.files import link_or_copy, replace_directory
+from hetegen_rec.files import link_or_copy, whole_directory
 from hetegen_rec.locks import directory_lock
 from hetegen_rec.scoring.errors import ArtifactError
 from hetegen_rec.scoring.manifest import (
@@ -104,15 +103,8 @@ def apply_delta(base: Path, delta: Path, output: Path | None = None) -> Manifest
     target = base.resolve() if output is None else output
     if output is not None and output.exists():
         raise ArtifactError(f"--output {output}: exists already; name a new directory, or leave it out")
-    partial = target.with_name(f".{target.name}.partial")
-    with directory_lock(target):
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        try:
-            _build(partial, old, change, delta)
-            replace_directory(partial, target)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+    with directory_lock(target), whole_directory(target) as root:
+        _build(root, old, change, delta)
     return change.manifest
 
 
