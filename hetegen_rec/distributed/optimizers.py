@@ -176,7 +176,7 @@ def _dense_optimizer(parameters: dict[str, nn.Parameter], stage: StageConfig) ->
             {"params": [p for p in values if p.ndim < 2], "weight_decay": 0.0},
         ]
         named = [{**group, "name": "dense"} for group in groups if group["params"]]
-        return torch.optim.AdamW(named, lr=stage.dense_lr)
+        return torch.optim.AdamW(named, lr=stage.dense_lr, fused=True)
 
     optimizer = _keyed(parameters, adamw)
     _allocate_state(optimizer)

@@ -15,20 +15,30 @@ class FieldPooling(nn.Module):
 
     def __init__(self, schema: Schema) -> None:
         super().__init__()
-        self.spans = [schema.span(name) for name in schema.field_names]
+        spans = [schema.span(name) for name in schema.field_names]
+        self.sizes = [stop - start for start, stop in spans]
         self.is_sequence = [field.kind == "sequence" for field in schema.fields]
 
     def forward(self, tokens: Tensor, present: Tensor) -> Tensor:
         """tokens [B, T, D] and present [B, T] bool -> [B, F, D]."""
-        pooled = []
-        for (start, stop), is_sequence in zip(self.spans, self.is_sequence, strict=True):
-            items = tokens[:, start:stop]
-            if is_sequence:
-                weight = present[:, start:stop, None].to(tokens.dtype)
-                pooled.append((items * weight).sum(1) / weight.sum(1).clamp(min=1.0))
-            else:
-                pooled.append(items[:, 0])
+        # Split at once: a slice a field would each fill a gradient of all tokens in the backward pass.
+        parts = zip(
+            self.is_sequence,
+            torch.split(tokens, self.sizes, dim=1),
+            torch.split(present, self.sizes, dim=1),
+            strict=True,
+        )
+        pooled = [
+            _mean_of_present(items, is_there) if is_sequence else items.squeeze(1)
+            for is_sequence, items, is_there in parts
+        ]
         return torch.stack(pooled, dim=1)
+
+
+def _mean_of_present(items: Tensor, is_there: Tensor) -> Tensor:
+    """Items [B, L, D], of which [B, L] exist -> [B, D]; zero where none does."""
+    weight = is_there[..., None].to(items.dtype)
+    return (items * weight).sum(1) / weight.sum(1).clamp(min=1.0)
 
 
 class MLPHead(nn.Module):
@@ -57,8 +67,9 @@ class MLPHead(nn.Module):
         if self.generator is not None:
             rows = self.generator(rows)
         rows = rows.flatten(1)
-        seen = self.pooling(hidden[:, :-1], present).flatten(1)
-        features = torch.cat([rows, seen, hidden[:, -1]], dim=1)
+        of_tokens, of_label = torch.split(hidden, [tokens.shape[1], 1], dim=1)
+        seen = self.pooling(of_tokens, present).flatten(1)
+        features = torch.cat([rows, seen, of_label.squeeze(1)], dim=1)
         return (self.mlp(features) + self.first_order(rows)).squeeze(-1)
 
 

@@ -60,15 +60,19 @@ class TokenAssembly(nn.Module):
 
     def __init__(self, schema: Schema, shapes: list[TableShape], model_dim: int) -> None:
         super().__init__()
-        self.tables = {shape.name: [token.key for token in schema.tokens_on(shape.name)] for shape in shapes}
         self.projections = nn.ModuleDict(
             {s.name: nn.Linear(s.dim, model_dim, bias=False) for s in shapes if s.dim != model_dim}
         )
-        keys_by_table = [key for keys in self.tables.values() for key in keys]
-        self.order = [keys_by_table.index(token.key) for token in schema.tokens]
+        self.groups: dict[str, list[str]] = {}
+        """Keys of the tokens that take the same way, by the table whose projection they need, if any."""
+        for token in schema.tokens:
+            table = schema.field(token.field).table_name
+            self.groups.setdefault(table if table in self.projections else "", []).append(token.key)
+        grouped_keys = [key for keys in self.groups.values() for key in keys]
+        self.order = [grouped_keys.index(token.key) for token in schema.tokens]
         self.in_schema_order = self.order == sorted(self.order)
         places = {token.key: place for place, token in enumerate(schema.tokens)}
-        self.places = {table: [places[key] for key in keys] for table, keys in self.tables.items()}
+        self.places = {group: [places[key] for key in keys] for group, keys in self.groups.items()}
 
     def forward(self, looked_up: KeyedTensor, movement: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Returns tokens [B, T, D] and the squared norms [B, T] of the table rows behind them.
@@ -79,12 +83,12 @@ class TokenAssembly(nn.Module):
         """
         rows = looked_up.to_dict()
         tokens, norms = [], []
-        for table, keys in self.tables.items():
-            block = torch.stack([rows[key] for key in keys], dim=1)  # [B, T_table, dim]
+        for group, keys in self.groups.items():
+            block = torch.stack([rows[key] for key in keys], dim=1)  # [B, T_group, dim]
             if movement is not None:
-                block = scale_gradient(block, movement[:, self.places[table], None])
+                block = scale_gradient(block, movement[:, self.places[group], None])
             norms.append(block.square().sum(-1))
-            tokens.append(self.projections[table](block) if table in self.projections else block)
+            tokens.append(self.projections[group](block) if group else block)
         if self.in_schema_order:
             return torch.cat(tokens, 1), torch.cat(norms, 1)
         return torch.cat(tokens, 1)[:, self.order], torch.cat(norms, 1)[:, self.order]

@@ -125,12 +125,14 @@ class FullSoftmax(nn.Module):
     A multi-valued field is a set: its cross-entropy is the mean over the values of the row.
     """
 
+    columns: Tensor
     chance: Tensor
     baseline: Tensor
 
     def __init__(self, schema: Schema, statistics: Statistics, names: list[str], dim: int) -> None:
         super().__init__()
         self.positions = {name: schema.span(name)[0] for name in names}
+        self.register_buffer("columns", torch.tensor(list(self.positions.values())), persistent=False)
         self.bags = {name for name in names if schema.field(name).kind == "multi_valued"}
         sizes = {name: statistics.table_rows(name) - NUM_RESERVED_IDS for name in names}
         self.classes = nn.ModuleDict({name: nn.Linear(dim, size) for name, size in sizes.items()})
@@ -141,15 +143,18 @@ class FullSoftmax(nn.Module):
 
     def forward(self, hidden: Tensor, batch: Batch, corrupted: Corrupted) -> RowLosses:
         """hidden [B, T + 1, D] -> losses of these fields."""
-        targets = torch.stack([corrupted.is_target[:, p] for p in self.positions.values()], dim=1)
+        targets = corrupted.is_target[:, self.columns]
         losses, ranks = [], []
-        for column, (name, position) in enumerate(self.positions.items()):
-            logits = self.logits(name, hidden[:, position])
-            losses.append(torch.where(targets[:, column], self.cross_entropy(name, logits, batch), 0.0))
+        # Taken out at once: a slice a field would each fill a gradient of all tokens in the backward pass.
+        hidden_of = zip(self.positions, hidden.index_select(1, self.columns).unbind(1), strict=True)
+        for name, hidden_of_field in hidden_of:
+            logits = self.logits(name, hidden_of_field)
+            losses.append(self.cross_entropy(name, logits, batch))
             if not self.training:
                 ranks.append(self.rank(name, logits, batch))
+        loss = torch.where(targets, torch.stack(losses, dim=1), 0.0)
         rank = torch.stack(ranks, dim=1) if ranks else None
-        return RowLosses(torch.stack(losses, dim=1), targets, self.chance, self.baseline, rank)
+        return RowLosses(loss, targets, self.chance, self.baseline, rank)
 
     def logits(self, name: str, hidden: Tensor) -> Tensor:
         """Hidden vectors [B, D] of one field's token -> [B, V] over its ids from 2 up."""
@@ -249,7 +254,7 @@ class SampledSoftmax(MatchingHead):
         hit = (ids[:, :, None] == ids[:, None, :k]) | ~valid[:, None, :]
         negative = negative.masked_fill(hit, float("-inf"))
         logits = torch.cat([positive[..., None], negative], dim=-1)
-        loss = torch.logsumexp(logits, -1) - positive  # [F, B]
+        loss = -logits.log_softmax(-1)[..., 0]  # [F, B]; one pass, where logsumexp takes several
         chance = torch.log1p(valid.sum(1).clamp(min=1).float())
         rank = None if self.training else (negative >= positive[..., None]).sum(-1).T
         return RowLosses(torch.where(is_target, loss.T, 0.0), is_target, chance, chance, rank)

@@ -53,7 +53,7 @@ def reference_rows(model, batch):
 def test_tokens_stand_in_schema_order_though_tables_interleave():
     model, batch = make_model(LOG, "pretrain"), LOG.batch()
     assembly = model.network.assembly
-    assert not assembly.in_schema_order
+    assert assembly.in_schema_order  # tables of one width are one block
     tokens, norms = assembly(model.ebc(batch.kjt))
     expected = torch.stack([torch.stack(row) for row in reference_rows(model, batch)])
     torch.testing.assert_close(tokens, expected)
@@ -75,6 +75,7 @@ def test_the_order_in_which_a_plan_returns_keys_does_not_matter():
 def test_tables_of_another_width_are_projected_and_their_norms_are_of_the_rows():
     schema = schema_with_dims()
     model, batch = make_model(LOG, "pretrain", schema=schema), LOG.batch()
+    assert not model.network.assembly.in_schema_order
     tokens, norms = model.network.assembly(model.ebc(batch.kjt))
     assert tokens.shape == (32, len(TOKENS), DIM)
     rows = reference_rows(model, batch)
@@ -105,17 +106,6 @@ def test_tables_hold_reserved_rows_and_are_on_meta():
     assert all(parameter.is_meta for parameter in tables.parameters())
     by_name = {config.name: config.feature_names for config in tables.embedding_bag_configs()}
     assert by_name["item"] == [*TOKENS[HISTORY], "item"]
-
-
-def test_a_schema_in_table_order_needs_no_reordering():
-    schema = Schema.model_validate(
-        {
-            "label": "click",
-            "fields": [{"name": "user", "kind": "id"}, {"name": "hour", "kind": "categorical"}],
-        }
-    )
-    assembly = TokenAssembly(schema, table_shapes(schema, LOG.statistics, DIM), DIM)
-    assert assembly.in_schema_order
 
 
 def test_the_model_width_is_the_default_of_every_table():

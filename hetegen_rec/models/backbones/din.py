@@ -18,21 +18,26 @@ class TargetAttentionPooling(nn.Module):
 
     def __init__(self, schema: Schema, dim: int, config: BackboneConfig) -> None:
         super().__init__()
-        self.spans = {field.name: schema.span(field.name) for field in schema.fields}
+        self.sizes = {
+            name: stop - start for name in schema.field_names for start, stop in [schema.span(name)]
+        }
         sequences = [field for field in schema.fields if field.kind == "sequence"]
-        self.targets = {field.name: schema.span(field.table_name)[0] for field in sequences}
+        self.targets = {field.name: field.table_name for field in sequences}
         self.units = nn.ModuleDict({name: ActivationUnit(dim, config) for name in self.targets})
 
     def forward(self, tokens: Tensor, present: Tensor) -> Tensor:
         """tokens [B, T, D] and present [B, T] bool -> [B, F, D]."""
+        sizes = list(self.sizes.values())
+        parts = dict(zip(self.sizes, torch.split(tokens, sizes, dim=1), strict=True))
+        are_there = dict(zip(self.sizes, torch.split(present, sizes, dim=1), strict=True))
         pooled = []
-        for name, (start, stop) in self.spans.items():
+        for name, items in parts.items():
             if name in self.targets:
-                target = tokens[:, self.targets[name]]
-                weights = self.units[name](tokens[:, start:stop], target) * present[:, start:stop]
-                pooled.append((weights[..., None] * tokens[:, start:stop]).sum(1))
+                target = parts[self.targets[name]].squeeze(1)
+                weights = self.units[name](items, target) * are_there[name]
+                pooled.append((weights[..., None] * items).sum(1))
             else:
-                pooled.append(tokens[:, start])
+                pooled.append(items.squeeze(1))
         return torch.stack(pooled, dim=1)
 
 
