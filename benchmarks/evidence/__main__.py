@@ -48,6 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run_all(plan: Plan, options: argparse.Namespace) -> None:
     """Prepares the data, then does every run that is left, until done or stopped."""
     ledger, workers, cores = Ledger(options.out), Workers(), _cores(options.jobs)
+    for path in options.records:
+        _say(f"{_adopt(ledger, path)} finished runs taken over from {path}")
     left = plan.num_left(ledger.done)
     for name, place in plan.missing.items():
         _say(f"{name} is left out: {place} is not there")
@@ -58,6 +60,13 @@ def _run_all(plan: Plan, options: argparse.Namespace) -> None:
             prepare(plan.first_run(data_set), workers, log, cores[0])
         do = partial(execute, out=options.out, workers=workers, commit=commit())
         carry_out(plan, ledger, do, cores, _tell)
+
+
+def _adopt(ledger: Ledger, path: Path) -> int:
+    try:
+        return ledger.adopt(path)
+    except OSError as error:
+        raise ConfigError(f"--records {path}: cannot be read: {error.strerror}") from error
 
 
 def _write(plan: Plan, options: argparse.Namespace) -> int:
@@ -133,6 +142,14 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="FILE",
         help="where the Markdown page goes too, once all runs are done",
+    )
+    parser.add_argument(
+        "--records",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="results.jsonl of another directory or machine, whose finished runs count; may be repeated",
     )
     parser.add_argument(
         "--page-only", action="store_true", help="run nothing; write the page of what is there"

@@ -80,6 +80,24 @@ class Ledger:
             file.write("\n" + line if _is_cut_off(self._path) else line)
         self._records[record.run] = record
 
+    def adopt(self, path: Path) -> int:
+        """Takes over the finished runs of another directory's records that are not done here.
+
+        Args:
+            path: the records, such as those of another machine.
+
+        Returns:
+            How many.
+
+        Raises:
+            OSError: they cannot be read.
+        """
+        path.stat()  # a file that is not there is an error here, other than where runs begin
+        news = [one for run, one in _read(path).items() if one.status == "done" and run not in self.done]
+        for record in news:
+            self.add(record)
+        return len(news)
+
 
 def _is_cut_off(path: Path) -> bool:
     """Whether the last line of a file was not written to its end, because of a kill."""

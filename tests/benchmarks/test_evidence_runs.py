@@ -4,6 +4,7 @@ import json
 import os
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -47,6 +48,28 @@ def test_the_newest_record_of_a_run_counts(tmp_path, plan):
         Ledger(tmp_path).add(record(run, status=status))
     assert set(Ledger(tmp_path).done) == {run.id}
     assert not Ledger(tmp_path).failed
+
+
+def test_finished_runs_of_another_machine_count_and_do_not_replace_own_ones(tmp_path, plan):
+    here, both, there, broken = list(plan.runs)[:4]
+    ledger, other = Ledger(tmp_path / "here"), Ledger(tmp_path / "there")
+    for run in (here, both):
+        ledger.add(replace(record(run), commit="here"))
+    for run in (both, there):
+        other.add(replace(record(run), commit="there"))
+    other.add(record(broken, status="failed"))
+    assert ledger.adopt(tmp_path / "there" / FILE_NAME) == 1
+    found = Ledger(tmp_path / "here").done
+    assert {run: one.commit for run, one in found.items()} == {
+        here.id: "here",
+        both.id: "here",
+        there.id: "there",
+    }
+
+
+def test_records_that_are_not_there_are_an_error(tmp_path, plan):
+    with pytest.raises(FileNotFoundError):
+        Ledger(tmp_path).adopt(tmp_path / "none.jsonl")
 
 
 def test_a_session_does_every_run_once_and_the_next_one_only_what_failed(tmp_path, plan):
