@@ -52,7 +52,7 @@ class Lookup:
 
     def tokens(self, kjt: KeyedJaggedTensor) -> Tensor:
         """[B, T, D]: what the network scores. A collective; every rank has rows of its own."""
-        tokens: Tensor = self.network.assembly(self._tables(kjt))[0]
+        tokens: Tensor = self.network.assembly(self._tables(kjt), with_norms=False)[0]
         return tokens
 
     def tokens_of_ids(self, ids: Tensor) -> Tensor:

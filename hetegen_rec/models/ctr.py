@@ -15,13 +15,22 @@ class FieldPooling(nn.Module):
 
     def __init__(self, schema: Schema) -> None:
         super().__init__()
-        spans = [schema.span(name) for name in schema.field_names]
-        self.sizes = [stop - start for start, stop in spans]
-        self.is_sequence = [field.kind == "sequence" for field in schema.fields]
+        self.sizes: list[int] = []
+        """Tokens of every part: a sequence, or fields in a row that are none."""
+        self.is_sequence: list[bool] = []
+        for field in schema.fields:
+            start, stop = schema.span(field.name)
+            if field.kind != "sequence" and self.is_sequence and not self.is_sequence[-1]:
+                self.sizes[-1] += stop - start
+            else:
+                self.sizes.append(stop - start)
+                self.is_sequence.append(field.kind == "sequence")
 
     def forward(self, tokens: Tensor, present: Tensor) -> Tensor:
         """tokens [B, T, D] and present [B, T] bool -> [B, F, D]."""
-        # Split at once: a slice a field would each fill a gradient of all tokens in the backward pass.
+        if not any(self.is_sequence):
+            return tokens
+        # Split at once: every slice would fill a gradient of all tokens of its own in the backward pass.
         parts = zip(
             self.is_sequence,
             torch.split(tokens, self.sizes, dim=1),
@@ -29,10 +38,10 @@ class FieldPooling(nn.Module):
             strict=True,
         )
         pooled = [
-            _mean_of_present(items, is_there) if is_sequence else items.squeeze(1)
+            _mean_of_present(items, is_there)[:, None] if is_sequence else items
             for is_sequence, items, is_there in parts
         ]
-        return torch.stack(pooled, dim=1)
+        return torch.cat(pooled, dim=1)
 
 
 def _mean_of_present(items: Tensor, is_there: Tensor) -> Tensor:

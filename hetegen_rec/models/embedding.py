@@ -1,5 +1,6 @@
 """Embedding tables: one EmbeddingBagCollection with a key per token, and its output as [B, T, D]."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -74,24 +75,46 @@ class TokenAssembly(nn.Module):
         places = {token.key: place for place, token in enumerate(schema.tokens)}
         self.places = {group: [places[key] for key in keys] for group, keys in self.groups.items()}
 
-    def forward(self, looked_up: KeyedTensor, movement: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, looked_up: KeyedTensor, movement: Tensor | None = None, *, with_norms: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
         """Returns tokens [B, T, D] and the squared norms [B, T] of the table rows behind them.
 
         Args:
             looked_up: a key per token.
             movement: [B, T] factors on the gradients of the table rows; None for no factors.
+            with_norms: whether anybody reads the norms; None is returned for them otherwise.
         """
-        rows = looked_up.to_dict()
         tokens, norms = [], []
-        for group, keys in self.groups.items():
-            block = torch.stack([rows[key] for key in keys], dim=1)  # [B, T_group, dim]
+        for group, block in self._blocks(looked_up):
+            rows = block
             if movement is not None:
-                block = scale_gradient(block, movement[:, self.places[group], None])
-            norms.append(block.square().sum(-1))
-            tokens.append(self.projections[group](block) if group else block)
-        if self.in_schema_order:
-            return torch.cat(tokens, 1), torch.cat(norms, 1)
-        return torch.cat(tokens, 1)[:, self.order], torch.cat(norms, 1)[:, self.order]
+                rows = scale_gradient(block, movement[:, self.places[group], None])
+            if with_norms:
+                norms.append(rows.square().sum(-1))
+            tokens.append(self.projections[group](rows) if group else rows)
+        return self._in_order(tokens), self._in_order(norms) if with_norms else None
+
+    def _blocks(self, looked_up: KeyedTensor) -> Iterator[tuple[str, Tensor]]:
+        """Every group with its looked-up rows [B, T_group, dim]."""
+        if len(self.groups) > 1:
+            rows = looked_up.to_dict()
+            for group, keys in self.groups.items():
+                yield group, torch.stack([rows[key] for key in keys], dim=1)
+            return
+        ((group, keys),) = self.groups.items()
+        place_of = {key: place for place, key in enumerate(looked_up.keys())}
+        places = [place_of[key] for key in keys]
+        values = looked_up.values()  # [B, T * dim], all of one width
+        block = values.view(values.shape[0], len(places), -1)
+        if places != sorted(places):
+            block = block.index_select(1, torch.tensor(places, device=values.device))
+        yield group, block
+
+    def _in_order(self, parts: list[Tensor]) -> Tensor:
+        """Blocks [B, T_group, ...] side by side, in schema order."""
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        return whole if self.in_schema_order else whole[:, self.order]
 
 
 def scale_gradient(values: Tensor, factor: Tensor) -> Tensor:

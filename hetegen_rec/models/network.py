@@ -71,7 +71,8 @@ class ClickNetwork(nn.Module, ABC):
         """Looked-up rows and the batch they belong to -> loss and outputs."""
         device = batch.labels.device.type
         with torch.autocast(device, torch.bfloat16, enabled=self.autocast):
-            tokens, norms = self.assembly(looked_up, batch.movement)
+            regularises = bool(self.table_l2) and self.training
+            tokens, norms = self.assembly(looked_up, batch.movement, with_norms=regularises)
             present = batch.ids >= 0
             logits = None
             terms: dict[str, Tensor] = {}
@@ -82,7 +83,7 @@ class ClickNetwork(nn.Module, ABC):
             if self.training:
                 generative, fields = self.generative_terms(tokens, present, batch)
                 terms.update(generative)
-            if self.table_l2 and self.training:
+            if norms is not None:
                 terms["table_l2"] = self.table_l2 * _unbiased_l2(norms, batch)
         loss = torch.stack(list(terms.values())).sum()
         shown = {name: term.detach() for name, term in terms.items()}
