@@ -21,6 +21,7 @@ from hetegen_rec.config.export import ExportConfig
 from hetegen_rec.config.incremental import IncrementalConfig, StaleIdsConfig
 from hetegen_rec.config.inference import InferenceConfig
 from hetegen_rec.config.objective import ObjectiveConfig
+from hetegen_rec.config.plan import PlanConfig
 from hetegen_rec.config.schema import Schema
 from hetegen_rec.config.values import Probability, Widths, as_tuple
 
@@ -344,6 +345,7 @@ class RunConfig(Section):
     inference: InferenceConfig = InferenceConfig()
     incremental: IncrementalConfig = IncrementalConfig()
     export: ExportConfig = ExportConfig()
+    plan: PlanConfig = PlanConfig()
 
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":
@@ -358,6 +360,11 @@ class RunConfig(Section):
                 raise ValueError(
                     f"`export.shared_fields: {name}` is not a field; fields are: "
                     f"{', '.join(self.features.field_names)}"
+                )
+        for name in self.plan.expected_values:
+            if name not in {field.name for field in self.features.table_owners if field.vocabulary == "vocab"}:
+                raise ValueError(
+                    f"`plan.expected_values.{name}` is not a field with `vocabulary: vocab`; remove it"
                 )
         lanes = self.data.lanes
         if lanes and self.train.batch_size % lanes:
