@@ -213,8 +213,8 @@ def _add_plan_options(parser: argparse.ArgumentParser) -> None:
         "--out", dest="output", metavar="DIR", help="where the plan goes (default: plan/ in the run's)"
     )
     parser.epilog = (
-        "world=2x8 and hardware=h100 are short for plan.world and plan.hardware: hosts and ranks per host, and "
-        "a shipped profile (h100, h200, a100, cpu) or a YAML file like theirs"
+        "world=2x8 and hardware=h100 are short for plan.world and plan.hardware: hosts and ranks per host, "
+        "and a shipped profile (h100, h200, a100, cpu) or a YAML file like theirs"
     )
 
 

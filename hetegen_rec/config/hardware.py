@@ -1,14 +1,14 @@
-"""Hardware profiles: what vendors say of the hosts that a plan is for, and how much of it is assumed usable."""
+"""Hardware profiles: what vendors say of the hosts that a plan is for, and what of it counts as usable."""
 
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Literal
 
-import yaml
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from hetegen_rec.config.errors import ConfigError, Section
+from hetegen_rec.config.loading import explain, parse_yaml
 
 _GIGA, _TERA = 1e9, 1e12
 _OF_DEVICES = ("device_memory_gb", "device_bandwidth_gbs", "intra_host_gbs", "host_device_gbs")
@@ -128,18 +128,8 @@ def load_hardware(name: str) -> HardwareProfile:
             f"plan.hardware: {name} is neither a shipped profile ({', '.join(shipped_profiles())}) nor a "
             f"file that can be read: {error.strerror}"
         ) from error
+    values = parse_yaml(text, f"plan.hardware: {name}")
     try:
-        return HardwareProfile.model_validate(yaml.safe_load(text))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"plan.hardware: {name}: not valid YAML: {error}") from error
+        return HardwareProfile.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(f"plan.hardware: {name}: {_explain(error)}") from error
-
-
-def _explain(error: ValidationError) -> str:
-    problems = []
-    for details in error.errors():
-        key = ".".join(map(str, details["loc"]))
-        message = details["msg"].removeprefix("Value error, ")
-        problems.append(f"`{key}`: {message}" if key else message)
-    return "; ".join(problems)
+        raise ConfigError(explain(error, f"plan.hardware: {name}", HardwareProfile)) from error

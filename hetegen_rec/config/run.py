@@ -362,7 +362,9 @@ class RunConfig(Section):
                     f"{', '.join(self.features.field_names)}"
                 )
         for name in self.plan.expected_values:
-            if name not in {field.name for field in self.features.table_owners if field.vocabulary == "vocab"}:
+            if name not in {
+                field.name for field in self.features.table_owners if field.vocabulary == "vocab"
+            }:
                 raise ValueError(
                     f"`plan.expected_values.{name}` is not a field with `vocabulary: vocab`; remove it"
                 )

@@ -24,10 +24,11 @@ def expected_statistics(schema: Schema, expected_values: Mapping[str, int]) -> S
     """
     unknown = [owner.name for owner in schema.table_owners if _num_values(owner, expected_values) is None]
     if unknown:
+        several = len(unknown) > 1
         raise ConfigError(
-            f"how many values field{'s' * (len(unknown) > 1)} {', '.join(unknown)} will have is not known "
-            f"before `hetegen prepare` has counted; set plan.expected_values.{unknown[0]}"
-            f"{' and so on' * (len(unknown) > 1)}, take `vocabulary: hash` with a `hash_size`, or prepare first"
+            f"how many values field{'s' * several} {', '.join(unknown)} will have is not known before "
+            f"`hetegen prepare` has counted; set plan.expected_values.{unknown[0]}{' and so on' * several}, "
+            "take `vocabulary: hash` with a `hash_size`, or prepare first"
         )
     fields = {}
     for field in schema.fields:

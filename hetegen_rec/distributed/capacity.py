@@ -1,10 +1,11 @@
 """Memory, traffic and time of a training step on a cluster that need not exist: estimates, not measured.
 
-Bytes follow from the sharding plan and from what the network says it needs. Times divide bytes and FLOP by what
-vendors state of the hardware, times the shares that its profile assumes to be usable. docs/capacity.md has the
-formulas.
+Bytes follow from the sharding plan and from what the network says it needs. Times divide bytes and FLOP by
+what vendors state of the hardware, times the shares that its profile assumes to be usable. docs/capacity.md
+has the formulas.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -31,10 +32,15 @@ from hetegen_rec.models.footprint import Footprint
 _GIGA = 1e9
 _TOUCHES = 3  # of a table row's numbers by a lookup: read forward; read and written by the update
 _DENSE_COPIES = 4  # of what trains, besides the weights: gradient, its bucket, two moments of AdamW
+_ACTIVATION_TOUCHES = (
+    5  # of what forward keeps: written, read on, read backward; its gradient written and read
+)
 _BATCHES_IN_FLIGHT = 3  # by the sparse pipeline: on its way to the device, exchanging ids, in the network
 _BACKWARD = 2 / 3  # of the FLOP of a step
 _DEVICE_SHARE = {"fused_uvm": 0.0, "fused_uvm_caching": 0.2}
 """Of a table's rows, and of its lookups, that the device holds; 0.2 is TorchRec's default for caches."""
+_SECTOR = {"cuda": 32, "cpu": 64}
+"""Bytes that memory moves at least, of a row that may stand anywhere: a sector, a cache line."""
 _LARGEST_ROWS = 1 << 20
 
 
@@ -98,7 +104,7 @@ class RankMemory:
 
 @dataclass(frozen=True)
 class LinkBytes:
-    """What one collective moves in a step: bytes that leave the busiest rank, and those of all ranks."""
+    """What one collective moves in a step: bytes that the busiest rank sends or receives, and those of all."""
 
     intra_host: float
     inter_host: float
@@ -112,6 +118,7 @@ class StepTime:
     """Seconds of a step by what they are spent on, were nothing done at the same time."""
 
     compute: float
+    """Of the network: matrix products, or memory for what they read and write, whichever takes longer."""
     lookup: float
     ids: float
     forward: float
@@ -136,6 +143,17 @@ class StepTime:
         left = max(0.0, self.dense - _BACKWARD * self.compute)
         step = self.compute + self.lookup + self.forward + self.backward + left
         return max(step, self.ids + self.host_device)
+
+
+@dataclass(frozen=True)
+class HotSpot:
+    """Where most looked-up numbers come from."""
+
+    rank: int
+    times_mean: float
+    """What it sends, relative to the mean of all ranks."""
+    table: str
+    """That most of it is of."""
 
 
 def cluster_of(profile: HardwareProfile, world: World, config: DistributedConfig) -> Cluster:
@@ -228,6 +246,9 @@ def traffic_by_collective(setting: Setting, rows: int) -> dict[str, LinkBytes]:
 def step_time(setting: Setting, rows: int) -> StepTime:
     """Seconds of one step; rows are those of the data on each rank."""
     hardware, assumed = setting.hardware, setting.profile.assumptions
+    memory_bandwidth = hardware.memory_bandwidth * assumed.memory
+    products = setting.footprint.flops.at(rows) / (hardware.flops * assumed.compute)
+    passes = _ACTIVATION_TOUCHES * setting.footprint.saved_bytes.at(rows) / memory_bandwidth
     lookup = float(_lookup_bytes(setting, rows, on_device=True).max())
     traffic = traffic_by_collective(setting, rows)
 
@@ -241,14 +262,28 @@ def step_time(setting: Setting, rows: int) -> StepTime:
         return max(links) / assumed.links
 
     return StepTime(
-        compute=setting.footprint.flops.at(rows) / (hardware.flops * assumed.compute),
-        lookup=lookup / (hardware.memory_bandwidth * assumed.memory),
+        compute=max(products, passes),
+        lookup=lookup / memory_bandwidth,
         ids=seconds("ids"),
         forward=seconds("forward"),
         backward=seconds("backward"),
         dense=seconds("dense"),
         host_device=seconds("host_device"),
     )
+
+
+def hot_spot(setting: Setting) -> HotSpot | None:
+    """The rank that sends most looked-up numbers; None where no rank does."""
+    size = setting.world.size
+    sent = np.zeros(size)
+    for block in setting.blocks:
+        sent[list(block.ranks)] += block.load.num_keys * block.columns
+    rank = int(sent.argmax())
+    on_rank = [block for block in setting.blocks if rank in block.ranks]
+    if not on_rank:
+        return None
+    table = max(on_rank, key=lambda block: block.load.num_keys * block.columns).load.name
+    return HotSpot(rank, float(sent[rank] / sent.mean()), table)
 
 
 def largest_rows(is_possible: Callable[[int], bool], limit: int = _LARGEST_ROWS) -> int:
@@ -271,20 +306,25 @@ def _lookup_bytes(setting: Setting, rows: int, *, on_device: bool) -> NDArray[np
     Repeated ids count each time: caches may do better.
     """
     moved = np.zeros(setting.world.size)
-    is_host = setting.profile.device == "cpu"
+    sector, is_host = _SECTOR[setting.profile.device], setting.profile.device == "cpu"
     for block in setting.blocks:
         here = 1.0 if is_host else _DEVICE_SHARE.get(block.kernel, 1.0)
         part = here if on_device else 1.0 - here
         for rank, share in zip(block.ranks, block.shares, strict=True):
             row = block.columns * WEIGHT_BYTES
             state = _state_bytes(setting.table_optimizer, block.columns)
+            touched = _TOUCHES * _in_sectors(row, sector) + 2 * _in_sectors(state, sector) + ID_BYTES
             ids = setting.world.size * rows * block.load.ids * share
             bags = setting.world.size * rows * block.load.num_keys
-            moved[rank] += part * ids * (_TOUCHES * row + 2 * state + ID_BYTES)
+            moved[rank] += part * ids * touched
             moved[rank] += on_device * 2 * bags * row  # written forward, their gradients read backward
     if on_device:
         moved += rows * sum(_TOUCHES * load.ids * load.dim * WEIGHT_BYTES for load in setting.copies)
     return moved
+
+
+def _in_sectors(num_bytes: float, sector: int) -> float:
+    return math.ceil(num_bytes / sector) * sector
 
 
 def _state_bytes(optimizer: TableOptimizer, columns: int) -> float:

@@ -8,12 +8,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from hetegen_rec.config.hardware import HardwareProfile
-from hetegen_rec.distributed.capacity import LinkBytes, RankMemory, StepTime
+from hetegen_rec.distributed.capacity import HotSpot, LinkBytes, RankMemory, StepTime
 from hetegen_rec.distributed.planning import PlannedTable, plan_as_json
 
 NOT_MEASURED = (
-    "Estimates, not measured: bytes follow from the plan; times divide them by vendor figures and by shares of "
-    "them that the hardware profile assumes."
+    "Estimates, not measured: bytes follow from the plan; times divide them by vendor figures, of which the "
+    "hardware profile assumes shares to be usable."
 )
 MEMORY_PARTS = {
     "tables": "tables",
@@ -36,6 +36,8 @@ TIME_PARTS = {"compute": "compute", "lookup": "lookup", **COLLECTIVES}
 LINKS = {"intra_host": "within a host", "inter_host": "between hosts", "host_device": "host and device"}
 
 _GB, _MB = 1e9, 1e6
+_HOT = 2.0  # times the mean, from which a rank is worth a word
+_MOST_LINES = 32  # of ranks
 _MOST_RANKS = 3  # of a table, named one by one
 
 
@@ -62,6 +64,7 @@ class CapacityReport:
     fits: bool
     traffic: dict[str, LinkBytes]
     """By collective."""
+    hot_spot: HotSpot | None
     time: StepTime
     flops_per_rank: float
     """Of a step."""
@@ -69,11 +72,6 @@ class CapacityReport:
     largest_batch: int
     """Rows over all ranks; 0 if not even one row a rank fits."""
     time_of_largest: StepTime | None
-
-    @property
-    def fullest(self) -> int:
-        """The rank with the least memory left."""
-        return max(range(len(self.memory)), key=lambda rank: self.memory[rank].total)
 
     def as_json(self) -> dict[str, Any]:
         """Plain values; bytes, seconds and FLOP."""
@@ -92,6 +90,7 @@ class CapacityReport:
             "memory_cap": self.cap,
             "host_memory_cap": self.host_cap,
             "traffic": {name: asdict(links) for name, links in self.traffic.items()},
+            "hot_spot": asdict(self.hot_spot) if self.hot_spot else None,
             "step_seconds": _time_as_json(self.time),
             "flops_per_rank": self.flops_per_rank,
             "dense_parameters": self.dense_parameters,
@@ -131,12 +130,16 @@ def ranks_text(ranks: Sequence[int]) -> str:
 
 
 def _memory_table(report: CapacityReport) -> Table:
-    table = Table(title=f"Memory per rank in GB, of {report.cap / _GB:,.1f} (estimate)")
+    fullest = sorted(range(len(report.memory)), key=lambda rank: -report.memory[rank].total)
+    shown = sorted(fullest[:_MOST_LINES])
+    which = f", the {len(shown)} fullest of {len(fullest)} ranks" * (len(shown) < len(fullest))
+    table = Table(title=f"Memory per rank in GB, of {report.cap / _GB:,.1f}{which} (estimate)")
     has_hosted = any(one.host_tables for one in report.memory)
     titles = ["rank", *MEMORY_PARTS.values(), "total", "of cap", *["on host"] * has_hosted]
     for title in titles:
         table.add_column(title, justify="right")
-    for rank, one in enumerate(report.memory):
+    for rank in shown:
+        one = report.memory[rank]
         cells = [f"{getattr(one, part) / _GB:.2f}" for part in MEMORY_PARTS]
         hosted = [f"{one.host_tables / _GB:.2f}"] * has_hosted
         table.add_row(str(rank), *cells, f"{one.total / _GB:.2f}", f"{one.total / report.cap:.0%}", *hosted)
@@ -144,7 +147,7 @@ def _memory_table(report: CapacityReport) -> Table:
 
 
 def _traffic_table(report: CapacityReport) -> Table:
-    table = Table(title="MB per step that leave the busiest rank, by link (estimate)")
+    table = Table(title="MB per step through the busiest rank, by link (estimate)")
     for title in ("collective", *LINKS.values(), "all ranks"):
         table.add_column(title, justify="left" if title == "collective" else "right")
     for name, links in report.traffic.items():
@@ -181,6 +184,13 @@ def _conclusions(report: CapacityReport) -> list[str]:
         )
     else:
         lines.append("No batch size fits; take more ranks, or a smaller network or tables.")
+    spot = report.hot_spot
+    if spot is not None and spot.times_mean >= _HOT:
+        key = f"distributed.tables.{spot.table}.sharding: column_wise"
+        lines.append(
+            f"Rank {spot.rank} sends {spot.times_mean:.1f} times as many looked-up numbers as the mean, most "
+            f"of them of table {spot.table}; {key} spreads them."
+        )
     return [*lines, NOT_MEASURED]
 
 

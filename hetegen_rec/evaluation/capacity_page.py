@@ -86,7 +86,7 @@ def _draw_traffic(axes: Axes, report: CapacityReport) -> None:
         for place, value in zip(places, sent, strict=True):
             if value:
                 axes.text(value, place, f" {value:,.1f}", va="center", fontsize=8, color=MUTED)
-    axes.set(title="Bytes of a step that leave the busiest rank", xlabel="MB")
+    axes.set(title="Bytes of a step through the busiest rank", xlabel="MB")
     axes.set_yticks(range(len(names)), [COLLECTIVES[name] for name in names])
     axes.invert_yaxis()
     axes.margins(x=0.12)

@@ -113,9 +113,7 @@ def _fit(found: Sequence[float], candidates: int) -> Growth:
     return Growth(max(constant, 0.0), max(per_row, 0.0), max(per_pair, 0.0), candidates)
 
 
-def _random_rows(
-    schema: Schema, statistics: Statistics, dim: int, rows: int
-) -> tuple[KeyedTensor, Batch]:
+def _random_rows(schema: Schema, statistics: Statistics, dim: int, rows: int) -> tuple[KeyedTensor, Batch]:
     """Rows that have a value in every place, and random vectors in the place of their table rows."""
     generator = torch.Generator().manual_seed(0)
     tokens = schema.tokens
@@ -129,7 +127,7 @@ def _random_rows(
     values = torch.randn(rows, sum(of_tokens), generator=generator).requires_grad_()
     shape = (rows, len(tokens))
     settings: dict[str, Any] = {
-        "kjt": KeyedJaggedTensor(keys, ids.flatten(), torch.ones(ids.numel(), dtype=torch.int32)),
+        "kjt": KeyedJaggedTensor(keys, ids.flatten(), lengths=torch.ones(ids.numel(), dtype=torch.int32)),
         "ids": ids.T.contiguous(),
         "log_prior": torch.full(shape, -math.log(100.0)),
         "log_rate": torch.full(shape, -math.log(100.0)),

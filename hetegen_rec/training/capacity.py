@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 
 from hetegen_rec.config.errors import ConfigError
 from hetegen_rec.config.hardware import HardwareProfile, load_hardware
@@ -9,13 +10,13 @@ from hetegen_rec.config.plan import World
 from hetegen_rec.config.run import RunConfig, Stage
 from hetegen_rec.config.schema import Schema
 from hetegen_rec.data.expected import expected_statistics, values_per_row
-from hetegen_rec.data.manifest import read_manifest, schema_fingerprint
-from hetegen_rec.data.raw import DataError
+from hetegen_rec.data.manifest import MANIFEST_FILE, read_manifest, schema_fingerprint
 from hetegen_rec.data.statistics import Statistics
 from hetegen_rec.distributed.capacity import (
     Setting,
     cluster_of,
     fits,
+    hot_spot,
     largest_rows,
     memory_by_rank,
     step_time,
@@ -77,6 +78,7 @@ def plan_capacity(config: RunConfig, stage: Stage) -> CapacityReport:
         host_cap=setting.host_cap,
         fits=fits(setting, memory),
         traffic=traffic_by_collective(setting, rows),
+        hot_spot=hot_spot(setting),
         time=step_time(setting, rows),
         flops_per_rank=run.footprint.flops.at(rows),
         dense_parameters=run.footprint.parameters,
@@ -116,14 +118,15 @@ def _rows_per_rank(config: RunConfig, world: World, profile: HardwareProfile) ->
 
 
 def _statistics(config: RunConfig) -> tuple[Statistics, str]:
-    """Of prepared data for this schema, or what the schema says."""
-    directory = config.data.prepared_dir
-    try:
-        is_prepared = read_manifest(directory).schema_fingerprint == schema_fingerprint(config.features)
-        if is_prepared:
-            return Statistics.load(directory), "prepared data"
-    except DataError as error:
-        logger.info("planning by the schema alone: %s", error)
+    """Of prepared data for this schema, or what the schema says; and which of them."""
+    directory = Path(config.data.prepared_dir)
+    if not (directory / MANIFEST_FILE).exists():
+        reason = "holds no prepared data"
+    elif read_manifest(directory).schema_fingerprint == schema_fingerprint(config.features):
+        return Statistics.load(directory), "prepared data"
+    else:
+        reason = "was prepared for another schema"
+    logger.info("%s %s: the schema alone says how large tables are", directory, reason)
     return expected_statistics(config.features, config.plan.expected_values), "the schema"
 
 
@@ -131,9 +134,7 @@ def _describe(
     config: RunConfig, stage: Stage, statistics: Statistics, world: World, profile: HardwareProfile
 ) -> _Run:
     of_stage = config.stage(stage)
-    model = build_model(
-        config.features, statistics, config.model, config.train, stage, of_stage, config.seed
-    )
+    model = build_model(config.features, statistics, config.model, config.train, stage, of_stage, config.seed)
     attach_table_optimizer(model.ebc, config.train.table_optimizer, of_stage, profile.device)
     footprint = measure_footprint(model.network, config.features, statistics)
     loads = table_loads(config.features, statistics, config.model.dim)
