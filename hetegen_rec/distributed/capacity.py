@@ -104,7 +104,7 @@ class RankMemory:
 
 @dataclass(frozen=True)
 class LinkBytes:
-    """What one collective moves in a step: bytes that the busiest rank sends or receives, and those of all."""
+    """What one collective moves in a step: bytes through the busiest rank, and those of all ranks."""
 
     intra_host: float
     inter_host: float
