@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import AfterValidator, PositiveInt
 
 from hetegen_rec.config.errors import Section
+from hetegen_rec.config.schema import Schema
 
 _WORLD = re.compile(r"([1-9][0-9]*)x([1-9][0-9]*)")
 
@@ -41,6 +42,16 @@ class PlanConfig(Section):
     expected_values: dict[str, PositiveInt] = {}
     """How many values a field with `vocabulary: vocab` will have, by name: the size of its table before
     `prepare` has counted. Where data are prepared their statistics are taken instead."""
+
+    def check_schema(self, schema: Schema) -> None:
+        """Raises ValueError if a number of values is expected of what is no exact vocabulary."""
+        exact = [field.name for field in schema.table_owners if field.vocabulary == "vocab"]
+        for name in self.expected_values:
+            if name not in exact:
+                raise ValueError(
+                    f"`plan.expected_values.{name}` is not a field with `vocabulary: vocab`, which are: "
+                    f"{', '.join(exact) or 'none'}; remove it"
+                )
 
     @property
     def parsed_world(self) -> World:

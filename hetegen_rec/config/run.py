@@ -361,18 +361,12 @@ class RunConfig(Section):
                     f"`export.shared_fields: {name}` is not a field; fields are: "
                     f"{', '.join(self.features.field_names)}"
                 )
-        for name in self.plan.expected_values:
-            if name not in {
-                field.name for field in self.features.table_owners if field.vocabulary == "vocab"
-            }:
-                raise ValueError(
-                    f"`plan.expected_values.{name}` is not a field with `vocabulary: vocab`; remove it"
-                )
         lanes = self.data.lanes
         if lanes and self.train.batch_size % lanes:
             raise ValueError(
                 f"`train.batch_size: {self.train.batch_size}` must be divisible by `data.lanes: {lanes}`"
             )
+        self.plan.check_schema(self.features)
         self.model.backbone.check_schema(self.features)
         self.model.objective.check_schema(self.features)
         if self.model.balance.form == "aligned" and not self.model.label_in_set:

@@ -1,6 +1,7 @@
 """Predicted bytes between ranks: against those that TorchRec hands to gloo in a real step, and by hand."""
 
 import inspect
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -36,16 +37,18 @@ FOUR = World(num_hosts=2, local_size=2)
 class _Calls:
     """Bytes that this rank hands to each rank, by collective, while it counts."""
 
-    def __init__(self) -> None:
-        self.ids = np.zeros(2)
+    def __init__(self, world_size: int) -> None:
+        self._size = world_size
+        self.ids = np.zeros(world_size)
         self.vectors: list[list[float]] = []
+        """Of exchanges of looked-up rows and of gradients, in order."""
 
     @contextmanager
     def counted(self) -> Iterator[None]:
         counters = {
             "all_to_all_single": self._all_to_all,
-            "reduce_scatter_tensor": lambda call: self._vectors(call["input"].nbytes / 2),
-            "all_gather_into_tensor": lambda call: self._vectors(call["input_tensor"].nbytes),
+            "reduce_scatter_tensor": lambda call: self._alike(call, call["input"].nbytes, shared=True),
+            "all_gather_into_tensor": lambda call: self._alike(call, call["input_tensor"].nbytes),
         }
         before = {name: getattr(dist, name) for name in counters}
         for name, count in counters.items():
@@ -60,14 +63,20 @@ class _Calls:
         splits, tensor = call.get("input_split_sizes"), call["input"]
         if splits is None:  # how much is to come, a number a tensor: not what is to come
             return
-        sizes = np.array(splits, dtype=float) * tensor.element_size()
+        sizes = self._by_rank(call, np.array(splits, dtype=float) * tensor.element_size())
         if tensor.dtype in (torch.int32, torch.int64):
             self.ids += sizes
         else:
             self.vectors.append(sizes.tolist())
 
-    def _vectors(self, size: float) -> None:
-        self.vectors.append([size, size])
+    def _alike(self, call: dict[str, Any], size: float, *, shared: bool = False) -> None:
+        peers = dist.get_world_size(call["group"])
+        self.vectors.append(self._by_rank(call, np.full(peers, size / peers if shared else size)).tolist())
+
+    def _by_rank(self, call: dict[str, Any], sizes: Any) -> Any:
+        found = np.zeros(self._size)
+        found[dist.get_process_group_ranks(call["group"])] = sizes
+        return found
 
 
 def _calling(count: Callable[[dict[str, Any]], None], function: Callable[..., Any]) -> Callable[..., Any]:
@@ -95,7 +104,7 @@ def _compare(sharding: Any, forward: Any, backward: Any, tables: dict[str, int] 
         model = shard_model(toy, plan, runtime, config)
         init_tables(model, seed=1, std=0.5)
         rows, _ = rows_of_tables(runtime.rank, tables)
-        calls = _Calls()
+        calls = _Calls(2)
         with calls.counted():
             model(rows).sum().backward()
         sent = exchange(blocks_of(plan, loads), PAIR, GLOBAL_ROWS // 2, forward, backward)
@@ -103,17 +112,42 @@ def _compare(sharding: Any, forward: Any, backward: Any, tables: dict[str, int] 
         return predicted, [calls.ids.tolist(), *calls.vectors]
 
 
-def rows_of_tables(rank: int, tables: dict[str, int]) -> tuple[Any, torch.Tensor]:
+def _compare_on_two_hosts() -> Any:
+    """What one of four ranks sends of a table whose rows are cut over a host, to others."""
+    rank = int(os.environ["RANK"])
+    os.environ.update(LOCAL_WORLD_SIZE="2", LOCAL_RANK=str(rank % 2))
+    config = DistributedConfig(tables={"default": TableConfig(sharding=("table_row_wise",))})
+    with start_runtime("cpu", timeout_seconds=60) as runtime:
+        toy = Toy({"item": 128})
+        attach_table_optimizer(toy.ebc, "rowwise_adagrad", STAGE, "cpu")
+        plan = agree_on_plan(runtime, toy, config, 3)
+        model = shard_model(toy, plan, runtime, config)
+        init_tables(model, seed=1, std=0.5)
+        rows, _ = rows_of_tables(rank, {"item": 128}, 4)
+        calls = _Calls(4)
+        with calls.counted():
+            model(rows).sum().backward()
+        sent = exchange(blocks_of(plan, [TableLoad("item", 128, DIM, 2, 2)]), FOUR, 3)
+        within, across, back_across, back_within = np.array(calls.vectors)
+        counted = np.array([within + across, back_across + back_within])
+        predicted = np.array([sent.forward[rank], sent.backward[rank]])
+        counted[:, rank] = predicted[:, rank] = 0.0
+        return predicted.tolist(), counted.tolist(), float(sent.ids[rank].sum()), float(calls.ids.sum())
+
+
+def rows_of_tables(rank: int, tables: dict[str, int], ranks: int = 2) -> tuple[Any, torch.Tensor]:
     """One rank's rows, of the keys of these tables alone."""
-    kjt, labels = rows_of(rank, 2)
+    kjt, labels = rows_of(rank, ranks)
     keys = [key for name in tables for key in KEYS[name]]
     return kjt.permute([kjt.keys().index(key) for key in keys]), labels
 
 
-@pytest.mark.parametrize("sharding", ["table_wise", "column_wise"])
-@pytest.mark.parametrize("precisions", [("fp32", "fp32"), ("fp16", "fp32"), ("fp32", "fp16")])
-def test_whole_tables_and_columns_send_what_is_predicted(sharding: str, precisions: Any) -> None:
-    for predicted, counted in run_ranks(2, _compare, sharding, *precisions):
+@pytest.mark.parametrize(
+    ("sharding", "forward", "backward"),
+    [("table_wise", "fp32", "fp32"), ("table_wise", "fp16", "fp32"), ("column_wise", "fp32", "fp16")],
+)
+def test_whole_tables_and_columns_send_what_is_predicted(sharding: str, forward: str, backward: str) -> None:
+    for predicted, counted in run_ranks(2, _compare, sharding, forward, backward):
         assert predicted == counted
 
 
@@ -129,6 +163,14 @@ def test_tables_cut_into_rows_send_what_is_predicted(precisions: Any) -> None:
         assert predicted[1:] == counted[1:]
         # These few ids are all in the first half of their tables; the prediction spreads them evenly.
         assert sum(predicted[0]) == sum(counted[0])
+
+
+def test_rows_cut_over_a_host_send_what_is_predicted() -> None:
+    of_ranks = run_ranks(4, _compare_on_two_hosts)
+    assert any(sum(forward) > 0 for (forward, _), *_ in of_ranks)
+    for predicted, counted, predicted_ids, counted_ids in of_ranks:
+        assert predicted == counted
+        assert predicted_ids == counted_ids
 
 
 def _block(sharding: str, ranks: tuple[int, ...], keys: int = 1) -> Block:
