@@ -126,6 +126,9 @@ class StepTime:
     dense: float
     """The all-reduce of dense gradients."""
     host_device: float
+    """Batches on their way to the device."""
+    host_tables: float
+    """Rows of tables in the host's memory, which the lookup waits for."""
 
     @property
     def serial(self) -> float:
@@ -135,13 +138,13 @@ class StepTime:
     @property
     def communication(self) -> float:
         """All exchanges, those with the host included."""
-        return self.ids + self.forward + self.backward + self.dense + self.host_device
+        return self.ids + self.forward + self.backward + self.dense + self.host_device + self.host_tables
 
     @property
     def overlapped(self) -> float:
         """The ids and copies of the next batch behind the step, the all-reduce behind the backward pass."""
         left = max(0.0, self.dense - _BACKWARD * self.compute)
-        step = self.compute + self.lookup + self.forward + self.backward + left
+        step = self.compute + self.lookup + self.host_tables + self.forward + self.backward + left
         return max(step, self.ids + self.host_device)
 
 
@@ -154,6 +157,8 @@ class HotSpot:
     """What it sends, relative to the mean of all ranks."""
     table: str
     """That most of it is of."""
+    sharding: str
+    """Of that table."""
 
 
 def cluster_of(profile: HardwareProfile, world: World, config: DistributedConfig) -> Cluster:
@@ -237,9 +242,11 @@ def traffic_by_collective(setting: Setting, rows: int) -> dict[str, LinkBytes]:
         "dense": LinkBytes(intra, inter, 0.0, (intra + inter) * world.size),
     }
     if setting.profile.device == "cuda":
-        by_rank = rows * setting.batch_row_bytes + _lookup_bytes(setting, rows, on_device=False)
-        copied = float(by_rank.max())
-        found["host_device"] = LinkBytes(0.0, 0.0, copied, float(by_rank.sum()))
+        copied = rows * setting.batch_row_bytes
+        found["host_device"] = LinkBytes(0.0, 0.0, copied, copied * world.size)
+        hosted = _lookup_bytes(setting, rows, on_device=False)
+        if hosted.any():
+            found["host_tables"] = LinkBytes(0.0, 0.0, float(hosted.max()), float(hosted.sum()))
     return found
 
 
@@ -269,6 +276,7 @@ def step_time(setting: Setting, rows: int) -> StepTime:
         backward=seconds("backward"),
         dense=seconds("dense"),
         host_device=seconds("host_device"),
+        host_tables=seconds("host_tables"),
     )
 
 
@@ -282,8 +290,8 @@ def hot_spot(setting: Setting) -> HotSpot | None:
     on_rank = [block for block in setting.blocks if rank in block.ranks]
     if not on_rank:
         return None
-    table = max(on_rank, key=lambda block: block.load.num_keys * block.columns).load.name
-    return HotSpot(rank, float(sent[rank] / sent.mean()), table)
+    most = max(on_rank, key=lambda block: block.load.num_keys * block.columns)
+    return HotSpot(rank, float(sent[rank] / sent.mean()), most.load.name, most.sharding)
 
 
 def largest_rows(is_possible: Callable[[int], bool], limit: int = _LARGEST_ROWS) -> int:

@@ -30,7 +30,8 @@ COLLECTIVES = {
     "forward": "embedding forward",
     "backward": "embedding backward",
     "dense": "dense all-reduce",
-    "host_device": "host to device",
+    "host_device": "batch to device",
+    "host_tables": "rows of host's tables",
 }
 TIME_PARTS = {"compute": "compute", "lookup": "lookup", **COLLECTIVES}
 LINKS = {"intra_host": "within a host", "inter_host": "between hosts", "host_device": "host and device"}
@@ -72,6 +73,11 @@ class CapacityReport:
     largest_batch: int
     """Rows over all ranks; 0 if not even one row a rank fits."""
     time_of_largest: StepTime | None
+
+    @property
+    def time_parts(self) -> list[str]:
+        """What a step spends time on there: no copies to a device without one."""
+        return [part for part in TIME_PARTS if part in ("compute", "lookup") or part in self.traffic]
 
     def as_json(self) -> dict[str, Any]:
         """Plain values; bytes, seconds and FLOP."""
@@ -158,11 +164,11 @@ def _traffic_table(report: CapacityReport) -> Table:
 
 def _time_table(report: CapacityReport) -> Table:
     time = report.time
-    table = Table(title=f"Step of {report.batch_size:,} rows (estimate, not measured)")
+    table = Table(title=f"Step of {report.batch_size:,} rows (estimate)", min_width=40)
     for title in ("part", "ms", "share"):
         table.add_column(title, justify="left" if title == "part" else "right")
-    for part, title in TIME_PARTS.items():
-        seconds = getattr(time, part)
+    for part in report.time_parts:
+        title, seconds = TIME_PARTS[part], getattr(time, part)
         table.add_row(title, f"{1e3 * seconds:.3f}", f"{seconds / time.serial:.1%}")
     table.add_section()
     table.add_row("one after the other", f"{1e3 * time.serial:.3f}", "")
@@ -186,12 +192,19 @@ def _conclusions(report: CapacityReport) -> list[str]:
         lines.append("No batch size fits; take more ranks, or a smaller network or tables.")
     spot = report.hot_spot
     if spot is not None and spot.times_mean >= _HOT:
-        key = f"distributed.tables.{spot.table}.sharding: column_wise"
+        key = f"distributed.tables.{spot.table}.sharding"
+        other = _spreading(spot)
         lines.append(
             f"Rank {spot.rank} sends {spot.times_mean:.1f} times as many looked-up numbers as the mean, most "
-            f"of them of table {spot.table}; {key} spreads them."
+            f"of them of table {spot.table}; {key}: {other} may spread them "
+            f"better than {spot.sharding}."
         )
     return [*lines, NOT_MEASURED]
+
+
+def _spreading(spot: HotSpot) -> str:
+    """What puts vectors of the table on more ranks: columns first, which send no partial sums."""
+    return "grid_shard" if spot.sharding in ("column_wise", "table_column_wise") else "column_wise"
 
 
 def throughput_text(report: CapacityReport) -> str:

@@ -3,7 +3,6 @@
 import html
 import io
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib as mpl
@@ -26,6 +25,7 @@ from hetegen_rec.evaluation.plots import INK, MUTED, STYLE, to_svg
 from hetegen_rec.files import write_whole
 
 _PART_COLORS = ("#2459a9", "#7f9fd0", "#5c4fb0", "#1f8a70", "#c9822b", "#e3bf8f", "#d3d7de")
+_TIME_COLORS = ("#1f8a70", "#2459a9", "#e3bf8f", "#c9822b", "#b3423a", "#5c4fb0", "#8b909a", "#22262e")
 _LINK_COLORS = {"intra_host": "#2459a9", "inter_host": "#b3423a", "host_device": "#c9822b"}
 _GB, _MB = 1e9, 1e6
 _PNG_DPI = 150
@@ -98,12 +98,13 @@ def _draw_time(axes: Axes, report: CapacityReport) -> None:
     steps = [(f"{report.batch_size:,} rows", report.time)]
     if report.time_of_largest is not None and report.largest_batch != report.batch_size:
         steps.append((f"{report.largest_batch:,} rows\n(largest that fits)", report.time_of_largest))
+    colors = dict(zip(TIME_PARTS, _TIME_COLORS, strict=True))
     for place, (_, time) in enumerate(steps):
         left = 0.0
-        for (part, title), color in zip(TIME_PARTS.items(), _time_colors(), strict=True):
+        for part in report.time_parts:
             share = getattr(time, part) / time.serial
-            label = title if place == 0 else None
-            axes.barh(place, 100 * share, left=left, color=color, label=label, height=0.6)
+            label = TIME_PARTS[part] if place == 0 else None
+            axes.barh(place, 100 * share, left=left, color=colors[part], label=label, height=0.6)
             left += 100 * share
         text = f" {1e3 * time.overlapped:,.1f} to {1e3 * time.serial:,.1f} ms"
         axes.text(100, place, text, va="center", fontsize=8.5, color=MUTED)
@@ -113,10 +114,6 @@ def _draw_time(axes: Axes, report: CapacityReport) -> None:
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
-
-
-def _time_colors() -> Sequence[str]:
-    return ("#1f8a70", "#2459a9", "#e3bf8f", "#c9822b", "#b3423a", "#5c4fb0", "#8b909a")
 
 
 def _page(report: CapacityReport, figure: Figure) -> str:
