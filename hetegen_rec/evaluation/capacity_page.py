@@ -20,8 +20,9 @@ from hetegen_rec.evaluation.capacity import (
     capacity_tables,
     throughput_text,
 )
-from hetegen_rec.evaluation.page import html_page
-from hetegen_rec.evaluation.plots import INK, MUTED, STYLE, to_svg
+from hetegen_rec.evaluation.page import html_page, plot
+from hetegen_rec.evaluation.plots import INK, MUTED, STYLE
+from hetegen_rec.evaluation.report_sections import PlotCard
 from hetegen_rec.files import write_whole
 
 _PART_COLORS = ("#2459a9", "#7f9fd0", "#5c4fb0", "#1f8a70", "#c9822b", "#e3bf8f", "#d3d7de")
@@ -120,8 +121,7 @@ def _page(report: CapacityReport, figure: Figure) -> str:
     console = Console(record=True, width=_WIDTH_OF_TABLES, file=io.StringIO())
     console.print(capacity_tables(report))
     tables = html.escape(console.export_text())
-    svg = to_svg(figure).decode("utf-8")
-    drawing = svg[svg.index("<svg") :]
+    card = PlotCard("Memory, traffic and time", figure, "By rank, by link and by part of a step.")
     header = f'<p class="verdict">{html.escape(throughput_text(report))} {html.escape(NOT_MEASURED)}</p>'
-    body = f"<figure>{drawing}</figure>\n<h2>Tables</h2>\n<pre>{tables}</pre>"
+    body = f"{plot(card)}\n<h2>Tables</h2>\n<pre>{tables}</pre>"
     return html_page(report.run, "capacity plan", header, body)
