@@ -66,6 +66,7 @@ _STORAGE_ERRORS = (
 Verb = Callable[[Job], None]
 
 _WORK: dict[str, Verb] = {
+    "plan": jobs.plan,
     "prepare": jobs.prepare_data,
     "pretrain": jobs.train("pretrain"),
     "finetune": jobs.train("finetune"),
@@ -168,6 +169,8 @@ def _parser_of(verb: str) -> argparse.ArgumentParser:
         )
     if verb == "predict":
         _add_row_options(parser)
+    if verb == "plan":
+        _add_plan_options(parser)
     return parser
 
 
@@ -200,6 +203,21 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_plan_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--stage",
+        choices=["pretrain", "finetune", "joint", "scratch"],
+        help="the stage to plan for (default: pretrain)",
+    )
+    parser.add_argument(
+        "--out", dest="output", metavar="DIR", help="where the plan goes (default: plan/ in the run's)"
+    )
+    parser.epilog = (
+        "world=2x8 and hardware=h100 are short for plan.world and plan.hardware: hosts and ranks per host, "
+        "and a shipped profile (h100, h200, a100, cpu) or a YAML file like theirs"
+    )
+
+
 def _add_row_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--split", choices=["train", "valid", "test"], default="test", help="rows to score (default: test)"
@@ -219,8 +237,11 @@ def _run(verb: str, options: argparse.Namespace) -> int:
     try:
         if options.config == DEFAULT_CONFIG and not Path(DEFAULT_CONFIG).exists():
             raise ConfigError(f"{DEFAULT_CONFIG} is not here; name a configuration with --config")
-        config = load_config(options.config, options.overrides)
-        with start_runtime(config.distributed.device, config.distributed.timeout_seconds) as runtime:
+        overrides = _spelt_out(options.overrides) if verb == "plan" else options.overrides
+        config = load_config(options.config, overrides)
+        # A plan for devices needs none.
+        device = "cpu" if verb == "plan" else config.distributed.device
+        with start_runtime(device, config.distributed.timeout_seconds) as runtime:
             job = Job(
                 config,
                 runtime,
@@ -244,6 +265,12 @@ def _run(verb: str, options: argparse.Namespace) -> int:
         if leads_host():
             _tell(error)
         return FAILED
+
+
+def _spelt_out(overrides: Sequence[str]) -> list[str]:
+    """The overrides of `plan`, whose own section may be left out."""
+    short = ("world=", "hardware=")
+    return [f"plan.{one}" if one.startswith(short) else one for one in overrides]
 
 
 def _run_job(verb: Verb, job: Job) -> int:

@@ -16,6 +16,8 @@ from hetegen_rec.data.prepare import encode_files
 from hetegen_rec.data.reader import Reader
 from hetegen_rec.data.statistics import Statistics
 from hetegen_rec.distributed.runtime import Runtime
+from hetegen_rec.evaluation.capacity import capacity_tables
+from hetegen_rec.evaluation.capacity_page import write_capacity
 from hetegen_rec.evaluation.incremental import results_table as incremental_table
 from hetegen_rec.evaluation.incremental import write_page
 from hetegen_rec.evaluation.predictions import Predictions
@@ -35,6 +37,7 @@ from hetegen_rec.locks import directory_lock
 from hetegen_rec.models.embedding import table_shapes
 from hetegen_rec.scoring.manifest import Artifact, open_artifact
 from hetegen_rec.training import stages
+from hetegen_rec.training.capacity import plan_capacity
 from hetegen_rec.training.checkpoint import CheckpointInfo, Checkpoints
 from hetegen_rec.training.held_out import measure_reconstruction
 from hetegen_rec.training.incremental import open_sequence, sequence_dir
@@ -77,6 +80,17 @@ class Job:
     """The artifact that an export should only tell the changes of."""
     triton: str | None = None
     """Model repository of a Triton server that an exported artifact also goes to."""
+
+
+def plan(job: Job) -> None:
+    """Plans a stage for the cluster of `plan`, and says what its steps would need there."""
+    if job.runtime.world_size > 1:
+        raise ConfigError("`plan` is the work of one process; the ranks to plan for are plan.world")
+    found = plan_capacity(job.config, job.stage or "pretrain")
+    directory = Path(job.output) if job.output is not None else Path(job.config.run_dir) / "plan"
+    write_capacity(found, directory)
+    terminal.results().print(capacity_tables(found))
+    terminal.results().print(f"plan: {directory / 'plan.html'}")
 
 
 def prepare_data(job: Job) -> None:

@@ -1,6 +1,7 @@
 """What `hetegen` can do, in a line each. Imports nothing, so that asking for help needs nothing."""
 
 RUN_VERBS = {
+    "plan": "estimate memory, traffic and time of training on a cluster that need not be there",
     "prepare": "count and encode raw data into shards of integer ids",
     "pretrain": "generative pre-training by discrete diffusion",
     "finetune": "click training from the pre-trained model",

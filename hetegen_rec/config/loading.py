@@ -43,7 +43,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    values = _parse(text, str(path))
+    values = parse_yaml(text, str(path))
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected `key: value` lines at the top level")
     for override in overrides:
@@ -56,7 +56,7 @@ def parse_config(values: dict[str, Any], where: str) -> RunConfig:
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_explain(error, where)) from error
+        raise ConfigError(explain(error, where, RunConfig)) from error
 
 
 def save_config(config: RunConfig, path: str | Path) -> None:
@@ -65,7 +65,8 @@ def save_config(config: RunConfig, path: str | Path) -> None:
     Path(path).write_text(yaml.safe_dump(dumped, sort_keys=False), encoding="utf-8")
 
 
-def _parse(text: str, where: str) -> Any:
+def parse_yaml(text: str, where: str) -> Any:
+    """What a YAML text says, its numbers and repeated keys read strictly; `where` names it in errors."""
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
@@ -84,20 +85,21 @@ def _apply(values: dict[str, Any], override: str) -> None:
             outer = ".".join(parents[: depth + 1])
             raise ConfigError(f"override {override!r}: `{outer}` is a value, not a section")
         node = child
-    node[last] = _parse(text, f"override {override!r}")
+    node[last] = parse_yaml(text, f"override {override!r}")
 
 
-def _explain(error: ValidationError, where: str) -> str:
-    lines = [_explain_one(dict(details)) for details in error.errors()]
+def explain(error: ValidationError, where: str, root: type[BaseModel]) -> str:
+    """What is wrong with which key of `where`, whose content should have made a `root`."""
+    lines = [_explain_one(dict(details), root) for details in error.errors()]
     return "\n".join([f"{where}: {len(lines)} problem(s) in the configuration", *lines])
 
 
-def _explain_one(details: dict[str, Any]) -> str:
+def _explain_one(details: dict[str, Any], root: type[BaseModel]) -> str:
     location: tuple[str | int, ...] = details["loc"]
     key = ".".join(str(part) for part in location) or "(whole file)"
     kind, message, found = details["type"], details["msg"], details.get("input")
     if kind == "extra_forbidden":
-        return f"  {key}: unknown key{_suggestion(location)}; remove or rename it"
+        return f"  {key}: unknown key{_suggestion(location, root)}; remove or rename it"
     if kind == "missing":
         return f"  {key}: is missing; add it"
     if kind == "value_error":
@@ -105,9 +107,9 @@ def _explain_one(details: dict[str, Any]) -> str:
     return f"  {key}: {message} (found {found!r}, {type(found).__name__})"
 
 
-def _suggestion(location: Iterable[str | int]) -> str:
+def _suggestion(location: Iterable[str | int], root: type[BaseModel]) -> str:
     *parents, last = location
-    section: Any = RunConfig
+    section: Any = root
     for part in parents:
         if isinstance(part, str) and _is_section(section) and part in section.model_fields:
             section = _section_of(section.model_fields[part].annotation)

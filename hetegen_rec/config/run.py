@@ -21,6 +21,7 @@ from hetegen_rec.config.export import ExportConfig
 from hetegen_rec.config.incremental import IncrementalConfig, StaleIdsConfig
 from hetegen_rec.config.inference import InferenceConfig
 from hetegen_rec.config.objective import ObjectiveConfig
+from hetegen_rec.config.plan import PlanConfig
 from hetegen_rec.config.schema import Schema
 from hetegen_rec.config.values import Probability, Widths, as_tuple
 
@@ -344,6 +345,7 @@ class RunConfig(Section):
     inference: InferenceConfig = InferenceConfig()
     incremental: IncrementalConfig = IncrementalConfig()
     export: ExportConfig = ExportConfig()
+    plan: PlanConfig = PlanConfig()
 
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":
@@ -364,6 +366,7 @@ class RunConfig(Section):
             raise ValueError(
                 f"`train.batch_size: {self.train.batch_size}` must be divisible by `data.lanes: {lanes}`"
             )
+        self.plan.check_schema(self.features)
         self.model.backbone.check_schema(self.features)
         self.model.objective.check_schema(self.features)
         if self.model.balance.form == "aligned" and not self.model.label_in_set:

@@ -13,7 +13,13 @@ from torch import nn
 from torchrec import EmbeddingBagCollection
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
-from torchrec.distributed.planner.types import KernelConfig, PlannerError, TopologyFactory, TrainerConfig
+from torchrec.distributed.planner.types import (
+    HardwareConfig,
+    KernelConfig,
+    PlannerError,
+    TopologyFactory,
+    TrainerConfig,
+)
 from torchrec.distributed.types import ShardingPlan
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
@@ -23,8 +29,10 @@ from hetegen_rec.distributed.sharding import TableSharder, make_sharders
 
 logger = logging.getLogger(__name__)
 
+HOST_SHARE = 0.8
+"""Of a host's memory for tables, unless configured."""
+
 _GB = 1e9
-_HOST_SHARE = 0.8  # of a host's memory for tables, unless configured
 _DEVICE_RESERVE = 0.15  # of a device's memory kept for activations, gradients and the dense part
 _FALLBACK_DEVICE_BYTES = 32 * 10**9  # planning for CUDA where there is none
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
@@ -39,6 +47,17 @@ class PlanningError(ValueError):
 
 
 @dataclass(frozen=True)
+class Bandwidths:
+    """What the planner weighs plans by, in bytes per second and rank."""
+
+    device_memory: float
+    host_memory: float
+    host_device: float
+    intra_host: float
+    inter_host: float
+
+
+@dataclass(frozen=True)
 class Cluster:
     """The ranks and the memory that a plan is for."""
 
@@ -50,6 +69,8 @@ class Cluster:
     """Memory for tables per host, shared by its ranks."""
     device_bytes: int = 0
     """Memory per CUDA device; 0 on CPU."""
+    bandwidths: Bandwidths | None = None
+    """None for TorchRec's own assumptions."""
 
     @property
     def host_bytes_per_rank(self) -> int:
@@ -81,7 +102,7 @@ def describe_cluster(
 
     Needs no process group and no GPU, so that a large job can be planned anywhere.
     """
-    host_bytes = int(_HOST_SHARE * _host_memory())
+    host_bytes = int(HOST_SHARE * _host_memory())
     if config.host_memory_gb is not None:
         host_bytes = int(config.host_memory_gb * _GB)
     device_bytes = _device_memory(config) if device == "cuda" else 0
@@ -206,7 +227,23 @@ def _topology(cluster: Cluster) -> Topology:
             ddr_cap_bytes=cluster.host_bytes_per_rank,
             hbm_cap_bytes=cluster.device_bytes or None,
         ),
-        kernel_config=KernelConfig(compute_device=cluster.device),
+        hardware_config=_hardware(cluster.bandwidths),
+        kernel_config=KernelConfig(
+            compute_device=cluster.device, use_hardware_based_bandwidth=cluster.bandwidths is not None
+        ),
+    )
+
+
+def _hardware(bandwidths: Bandwidths | None) -> HardwareConfig | None:
+    if bandwidths is None:
+        return None
+    per_ms = 1 / 1000  # TorchRec counts in bytes per millisecond
+    return HardwareConfig(
+        hbm_mem_bw=bandwidths.device_memory * per_ms,
+        ddr_mem_bw=bandwidths.host_memory * per_ms,
+        hbm_to_ddr_mem_bw=bandwidths.host_device * per_ms,
+        intra_host_bw=bandwidths.intra_host * per_ms,
+        inter_host_bw=bandwidths.inter_host * per_ms,
     )
 
 

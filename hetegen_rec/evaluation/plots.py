@@ -16,7 +16,7 @@ from hetegen_rec.evaluation.tables import slices_of
 
 STAGE_COLORS = {"pretrain": "#c9822b", "finetune": "#2459a9", "joint": "#1f8a70", "scratch": "#8b909a"}
 
-_INK, _MUTED, _GRID, _REST = "#22262e", "#6b7280", "#e6e8ec", "#d3d7de"
+INK, MUTED, _GRID, _REST = "#22262e", "#6b7280", "#e6e8ec", "#d3d7de"
 _FIELD_COLORS = (
     "#b3423a",
     "#c9822b",
@@ -30,11 +30,11 @@ _FIELD_COLORS = (
     "#6d5a4e",
 )
 _SIZE = (5.6, 3.6)  # inches: two side by side at 1200 px, one on a phone with its text still legible
-_STYLE = {
+STYLE = {
     "font.size": 9.5,
-    "text.color": _INK,
+    "text.color": INK,
     "axes.edgecolor": "#b5bac4",
-    "axes.labelcolor": _MUTED,
+    "axes.labelcolor": MUTED,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -42,8 +42,8 @@ _STYLE = {
     "axes.titlesize": 10.5,
     "grid.color": _GRID,
     "grid.linewidth": 0.8,
-    "xtick.color": _MUTED,
-    "ytick.color": _MUTED,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
     "lines.linewidth": 1.7,
     "lines.solid_capstyle": "round",
     "legend.frameon": False,
@@ -53,7 +53,7 @@ _STYLE = {
 
 def to_svg(figure: Figure) -> bytes:
     """The figure as SVG whose text is drawn as paths: the same on every machine."""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()
@@ -61,7 +61,7 @@ def to_svg(figure: Figure) -> bytes:
 
 @contextmanager
 def _canvas(height: float = _SIZE[1]) -> Iterator[tuple[Figure, Axes]]:
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(_SIZE[0], height), layout="constrained")
         yield figure, figure.add_subplot()
 
@@ -88,7 +88,7 @@ def fields_over_time(stage: StageRecord, measure: FieldMeasure) -> Figure | None
         return None
     colors = _field_colors(stage.field_names)
     with _canvas() as (figure, axes):
-        axes.axhline(measure.reference, color=_MUTED, linewidth=1, linestyle=(0, (4, 3)))
+        axes.axhline(measure.reference, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
         for name, one in series.items():
             stands_out = name in colors
             axes.plot(
@@ -161,11 +161,11 @@ def final_field_losses(stage: StageRecord) -> Figure | None:
             loss = stage.field_series(name, "loss")
             text = f"{loss.last:.2f} nats" if loss else f"{values[place]:.2f}"
             _label_bar(axes, values[place], place, text)
-        axes.axvline(1.0, color=_MUTED, linewidth=1, linestyle=(0, (4, 3)))
+        axes.axvline(1.0, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
         axes.set_xlim(0, 1.18 * max(1.0, *values))
         axes.set_ylim(-0.6, len(ordered) - 0.4)
         axes.grid(axis="y", visible=False)
-        axes.tick_params(axis="y", length=0, labelcolor=_INK)
+        axes.tick_params(axis="y", length=0, labelcolor=INK)
         axes.set_xlabel("relative loss $r_f$ at the end (1 = chance)")
     return figure
 
@@ -184,11 +184,11 @@ def gradient_shares(stage: StageRecord) -> Figure | None:
         axes.set_yticks(range(len(ordered)), [_short(name) for name in ordered])
         for place, value in enumerate(values):
             _label_bar(axes, value, place, f"{100 * value:.1f} %")
-        axes.axvline(1.0 / len(ordered), color=_MUTED, linewidth=1, linestyle=(0, (4, 3)))
+        axes.axvline(1.0 / len(ordered), color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
         axes.set_xlim(0, 1.18 * max(values))
         axes.set_ylim(-0.6, len(ordered) - 0.4)
         axes.grid(axis="y", visible=False)
-        axes.tick_params(axis="y", length=0, labelcolor=_INK)
+        axes.tick_params(axis="y", length=0, labelcolor=INK)
         axes.set_xlabel("share of the gradient norm, mean over training (dashed: even)")
     return figure
 
@@ -290,7 +290,7 @@ def roc_curves(results: Mapping[str, dict[str, Any]]) -> Figure | None:
     if not curves:
         return None
     with _canvas() as (figure, axes):
-        axes.plot([0, 1], [0, 1], color=_MUTED, linewidth=1, linestyle=(0, (4, 3)))
+        axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
         for stage in sorted(curves, key=lambda stage: -results[stage]["auc"]):
             x, y = curves[stage]["false_positive_rates"], curves[stage]["true_positive_rates"]
             label = f"{STAGE_TITLES[stage]}, AUC {results[stage]['auc']:.4f}"
@@ -309,7 +309,7 @@ def calibration_curves(results: Mapping[str, dict[str, Any]]) -> Figure | None:
     largest = max(max(one["mean_probability"], one["click_rate"]) for found in bins.values() for one in found)
     with _canvas() as (figure, axes):
         limit = min(1.0, 1.06 * largest)
-        axes.plot([0, limit], [0, limit], color=_MUTED, linewidth=1, linestyle=(0, (4, 3)))
+        axes.plot([0, limit], [0, limit], color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
         for stage in sorted(bins, key=lambda stage: abs((results[stage]["calibration"] or np.inf) - 1.0)):
             x = [one["mean_probability"] for one in bins[stage]]
             y = [one["click_rate"] for one in bins[stage]]
@@ -357,9 +357,9 @@ def slice_bars(results: Mapping[str, dict[str, Any]]) -> Figure | None:
         axes.set_ylim(len(names) - 0.45, -0.55)
         low, high = min(0.5, *defined, 0.5), max(0.55, *defined)
         axes.set_xlim(low - (0.01 if low < 0.5 else 0), high + 0.14 * (high - low))
-        axes.axvline(0.5, color=_MUTED, linewidth=1)
+        axes.axvline(0.5, color=MUTED, linewidth=1)
         axes.grid(axis="y", visible=False)
-        axes.tick_params(axis="y", length=0, labelcolor=_INK)
+        axes.tick_params(axis="y", length=0, labelcolor=INK)
         axes.set_xlabel("AUC (bars start at chance, 0.5)")
         figure.legend(loc="outside upper right", ncols=len(stages))
     return figure

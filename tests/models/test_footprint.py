@@ -1,0 +1,83 @@
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from hetegen_rec.config.run import (
+    AttentionConfig,
+    DenoiserConfig,
+    ModelConfig,
+    ReconstructionConfig,
+    Stage,
+    StageConfig,
+    TrainConfig,
+)
+from hetegen_rec.config.schema import Schema
+from hetegen_rec.data.expected import expected_statistics
+from hetegen_rec.models import footprint
+from hetegen_rec.models.footprint import Footprint, Growth, measure_footprint
+from hetegen_rec.models.hetegen import build_model
+
+SCHEMA = Schema.model_validate(
+    {
+        "label": "label",
+        "fields": [
+            {"name": "user", "kind": "id", "vocabulary": "hash", "hash_size": 10_000_000_000},
+            {"name": "item", "kind": "id", "vocabulary": "hash", "hash_size": 5_000},
+            {"name": "tags", "kind": "multi_valued", "vocabulary": "hash", "hash_size": 30},
+            {"name": "price", "kind": "numeric", "num_buckets": 8},
+            {"name": "history", "kind": "sequence", "table": "item", "max_length": 4},
+        ],
+    }
+)
+STATISTICS = expected_statistics(SCHEMA, {})
+DIM, LAYERS = 16, 2
+
+
+def network(stage: Stage = "pretrain", candidates: int = 1024) -> nn.Module:
+    model = ModelConfig(
+        dim=DIM,
+        denoiser=DenoiserConfig(num_layers=LAYERS, attention=AttentionConfig(num_heads=2)),
+        reconstruction=ReconstructionConfig(num_candidates=candidates),
+    )
+    return build_model(SCHEMA, STATISTICS, model, TrainConfig(), stage, StageConfig(), seed=0).network
+
+
+def measured(stage: Stage = "pretrain", candidates: int = 1024) -> Footprint:
+    return measure_footprint(network(stage, candidates), SCHEMA, STATISTICS)
+
+
+@pytest.mark.parametrize("candidates", [1024, 20, 3])
+def test_a_few_small_steps_tell_of_larger_ones(candidates: int) -> None:
+    model = network(candidates=candidates)
+    predicted = measure_footprint(model, SCHEMA, STATISTICS)
+    rows = footprint._random_rows(SCHEMA, STATISTICS, DIM, 48)
+    assert predicted.flops.at(48) == pytest.approx(footprint._count_flops(model, *rows), rel=0.02)
+    assert predicted.saved_bytes.at(48) == pytest.approx(footprint._count_saved(model, *rows), rel=0.02)
+
+
+def test_the_denoiser_costs_what_its_formula_says() -> None:
+    length = len(SCHEMA.tokens) + 1
+    of_row = LAYERS * length * (16 * DIM**2 + 4 * length * DIM)  # attention and an MLP twice as wide
+    model = network("scratch")
+    tokens, present = torch.zeros(8, length - 1, DIM), torch.ones(8, length - 1, dtype=torch.bool)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        counter = FlopCounterMode(display=False)
+        with counter:
+            model.denoise(tokens, present, torch.zeros(8))
+    assert counter.get_total_flops() == pytest.approx(8 * of_row, rel=0.05)
+
+
+def test_joint_training_costs_more_than_either_part() -> None:
+    costs = {stage: measured(stage).flops.at(100) for stage in ("pretrain", "scratch", "joint")}
+    assert costs["joint"] > 1.2 * max(costs["pretrain"], costs["scratch"])
+
+
+def test_what_a_stage_freezes_is_not_exchanged() -> None:
+    found = measured("scratch")
+    assert 0 < found.trained_parameters < found.parameters
+
+
+def test_candidates_are_quadratic_up_to_their_number() -> None:
+    growth = Growth(constant=5.0, per_row=2.0, per_pair=1.0, candidates=10)
+    assert [growth.at(rows) for rows in (1, 10, 20)] == [8.0, 125.0, 245.0]
