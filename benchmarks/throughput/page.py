@@ -16,14 +16,25 @@ import torch
 
 from benchmarks.evidence.tables import Table
 from benchmarks.machine import processor
-from benchmarks.throughput.arithmetic import Summary
+from benchmarks.throughput.arithmetic import Ratio, Summary
 from benchmarks.throughput.limits import Limits
 from benchmarks.throughput.scenario import Scenario
 from hetegen_rec.distributed.runtime import Runtime
 
 _PACKAGES = ("torch", "torchrec", "pyarrow", "numpy")
 _WIDTH = 115
-_HEADING = ("variant", "ratio", "least to most", "samples/s", "step ms", "P50", "P90", "P99", "CPU ms")
+_HEADING = (
+    "variant",
+    "ratio",
+    "least to most",
+    "relative to",
+    "samples/s",
+    "step ms",
+    "P50",
+    "P90",
+    "P99",
+    "CPU ms",
+)
 
 
 @dataclass(frozen=True)
@@ -32,8 +43,14 @@ class Result:
 
     scenario: Scenario
     summaries: dict[str, Summary]
-    """By variant, the base first."""
+    """By variant."""
+    bases: dict[str, str]
+    """By variant, the one that its ratio is relative to."""
     limits: Limits | None
+
+    def ratio_of(self, variant: str) -> Ratio:
+        """Time of a step, relative to that of the variant's base."""
+        return self.summaries[variant].ratio_to(self.summaries[self.bases[variant]])
 
 
 @dataclass(frozen=True)
@@ -45,7 +62,8 @@ class Provenance:
     date: str
     processor: str
     cores: int
-    ranks: int
+    ranks: int | None
+    """None: those of each variant."""
     threads: int
     """Of a rank."""
     device: str
@@ -56,8 +74,8 @@ class Provenance:
     """Of the machine over the last five minutes."""
 
     @classmethod
-    def here(cls, command: Sequence[str], runtime: Runtime) -> "Provenance":
-        """Of this process."""
+    def here(cls, command: Sequence[str], runtime: Runtime, *, with_jobs: bool) -> "Provenance":
+        """Of this process, or `with_jobs` of those that it started, whose ranks have a thread each."""
         commit = subprocess.run(
             ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
         ).stdout.strip()
@@ -68,8 +86,8 @@ class Provenance:
             date=date.today().isoformat(),
             processor=processor(),
             cores=os.cpu_count() or 1,
-            ranks=runtime.world_size,
-            threads=torch.get_num_threads(),
+            ranks=None if with_jobs else runtime.world_size,
+            threads=1 if with_jobs else torch.get_num_threads(),
             device=str(runtime.device),
             system=f"{platform.system()} {platform.release()}",
             python=platform.python_version(),
@@ -79,11 +97,13 @@ class Provenance:
 
     def sentence(self) -> str:
         """For a page."""
+        ranks = "ranks by variant" if self.ranks is None else f"{self.ranks} rank(s)"
         versions = ", ".join(f"{name} {number}" for name, number in self.versions.items())
         return (
-            f"`{self.command}` at commit {self.commit}, {self.date}, {self.ranks} rank(s) with "
-            f"{self.threads} thread(s) each on {self.device}, {self.cores} cores of {self.processor}, {self.system}, Python "
-            f"{self.python}, {versions}. Load of the machine over the last five minutes: {self.load}."
+            f"`{self.command}` at commit {self.commit}, {self.date}, {ranks} with "
+            f"{self.threads} thread(s) each on {self.device}, {self.cores} cores of {self.processor}, "
+            f"{self.system}, Python {self.python}, {versions}. Load of the machine over the "
+            f"last five minutes: {self.load}."
         )
 
 
@@ -100,7 +120,6 @@ def write_results(directory: Path, name: str, result: Result, made: Provenance) 
 
 def as_json(name: str, result: Result, made: Provenance) -> dict[str, Any]:
     """Everything, for programs."""
-    base = next(iter(result.summaries.values()))
     return {
         "scenario": name,
         "definition": result.scenario.model_dump(mode="json"),
@@ -110,7 +129,8 @@ def as_json(name: str, result: Result, made: Provenance) -> dict[str, Any]:
                 "name": variant,
                 "rows_per_second": summary.rows_per_second,
                 "seconds": summary.step,
-                "ratio": asdict(summary.ratio_to(base)),
+                "ratio": asdict(result.ratio_of(variant)),
+                "relative_to": result.bases[variant],
                 **asdict(summary),
             }
             for variant, summary in result.summaries.items()
@@ -121,8 +141,7 @@ def as_json(name: str, result: Result, made: Provenance) -> dict[str, Any]:
 
 def page(name: str, result: Result) -> Iterator[str]:
     """Markdown lines, without what they were made on."""
-    scenario, summaries = result.scenario, result.summaries
-    base_name, base = next(iter(summaries.items()))
+    scenario = result.scenario
     yield f"# {name}"
     yield ""
     yield from _wrapped(scenario.question)
@@ -130,13 +149,13 @@ def page(name: str, result: Result) -> Iterator[str]:
         yield ""
         yield from _wrapped(f"Goal: {scenario.goal}")
     yield ""
-    yield from Table(_HEADING, [_row(variant, one, base) for variant, one in summaries.items()]).markdown()
+    yield from Table(_HEADING, [_row(result, variant) for variant in result.summaries]).markdown()
     yield ""
     yield from _wrapped(
-        f"Ratio: time of a step relative to `{base_name}`, the median of {scenario.repeats} repeats in each "
-        "of which every variant had its turn; a repeat's time is that of all its steps by their number, and "
-        "`step ms` and samples/s are its median. P50, P90 and P99 are of single steps, all repeats together. `CPU "
-        "ms` is what a step takes of all threads of one rank."
+        f"Ratio: time of a step relative to the variant beside it, the median of {scenario.repeats} repeats "
+        "in each of which every variant had its turn; a repeat's time is that of all its steps by their number, "
+        "and `step ms` and samples/s are its median. P50, P90 and P99 are of single steps, all repeats "
+        "together. `CPU ms` is what a step takes of all threads of one rank."
     )
     if result.limits is not None:
         yield ""
@@ -147,13 +166,14 @@ def page(name: str, result: Result) -> Iterator[str]:
         )
 
 
-def _row(name: str, summary: Summary, base: Summary) -> list[str]:
-    ratio = summary.ratio_to(base)
+def _row(result: Result, name: str) -> list[str]:
+    summary, ratio = result.summaries[name], result.ratio_of(name)
     times = (summary.step, summary.p50, summary.p90, summary.p99, summary.cpu_seconds)
     return [
         f"`{name}`",
         f"{ratio.median:.3f}",
         f"{ratio.least:.3f} to {ratio.most:.3f}",
+        f"`{result.bases[name]}`",
         f"{summary.rows_per_second:,.0f}",
         *(f"{1e3 * value:.2f}" for value in times),
     ]

@@ -9,10 +9,12 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from benchmarks.throughput.arithmetic import Summary, summarise
 from benchmarks.throughput.click_log import ClickLog, LogConfig, write_click_log
+from benchmarks.throughput.jobs import share_first_cores, turn_of_job
 from benchmarks.throughput.limits import Limits, LimitsProbe, combine
 from benchmarks.throughput.page import Provenance, Result, write_results
 from benchmarks.throughput.scenario import Case, Scenario, cases_of, load_scenario
@@ -21,7 +23,6 @@ from benchmarks.throughput.workloads import MadeBatches, open_reader, open_workl
 from hetegen_rec.config.errors import ConfigError
 from hetegen_rec.distributed.runtime import Runtime, start_runtime
 from hetegen_rec.terminal import quiet_libraries
-from hetegen_rec.training.setup import rows_per_step
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,13 +38,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
+    if options.turn is not None:
+        return _one_turn(scenario, cases, *options.turn)
+    with_jobs = cases[0].ranks is not None
     with start_runtime(cases[0].config.distributed.device) as runtime:
-        result = run(scenario, cases, runtime)
+        if with_jobs and runtime.world_size > 1:
+            print(f"{options.scenario}: starts its ranks itself; run it without a launcher", file=sys.stderr)
+            return 2
+        result = run_jobs(scenario, cases, given) if with_jobs else run(scenario, cases, runtime)
         if runtime.is_main:
             name = Path(options.scenario).stem
-            made = Provenance.here(["python", "-m", "benchmarks.run", *given], runtime)
+            command = ["python", "-m", "benchmarks.run", *given]
+            made = Provenance.here(command, runtime, with_jobs=with_jobs)
             for path in write_results(options.results or Path("runs/benchmarks") / name, name, result, made):
                 print(f"wrote {path}", file=sys.stderr)
+    return 0
+
+
+def _one_turn(scenario: Scenario, cases: Sequence[Case], name: str, path: str) -> int:
+    """What a job does for `run_jobs`: one turn of one variant, written to a file."""
+    (case,) = (case for case in cases if case.name == name)
+    share_first_cores(case.ranks or 1)
+    with start_runtime(case.config.distributed.device) as runtime, ExitStack() as stack:
+        (turn,) = measure(scenario.model_copy(update={"repeats": 1}), [case], stack, runtime)[case.name]
+        turn = _slowest(turn, runtime)
+        if runtime.is_main:
+            turn.save(Path(path))
     return 0
 
 
@@ -56,29 +76,70 @@ def _parse(given: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, help="rounds over all variants")
     parser.add_argument("--steps", type=int, help="timed steps of a variant in a round")
     parser.add_argument("--all", action="store_true", help="with the optional variants, which need much")
+    parser.add_argument("--turn", nargs=2, metavar=("VARIANT", "FILE"), help=argparse.SUPPRESS)
     parser.add_argument("--results", type=Path, help="directory; default: runs/benchmarks/SCENARIO")
     return parser.parse_intermixed_args(given)
 
 
 def run(scenario: Scenario, cases: Sequence[Case], runtime: Runtime) -> Result:
-    """Measures all variants of a scenario, interleaved. A collective."""
+    """Measures all variants of a scenario in this job, interleaved. A collective."""
+    limits: list[Limits] = []
     with ExitStack() as stack:
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="benchmark-")))
-        logs = _write_logs(cases, directory, runtime)
-        turns_of: dict[str, Callable[[], Turn]] = {}
-        for number, case in enumerate(cases):
-            place = directory / f"variant-{number}"
-            workload = open_workload(case, logs[case.log], scenario.steps, place, stack, runtime)
-            turns_of[case.name] = workload.turn
-        probe = _open_probe(cases[0], logs[cases[0].log], runtime) if scenario.limits else None
-        limits: list[Limits] = []
-        between = (lambda: limits.append(probe.measure())) if probe is not None else None
-        turns = interleave(turns_of, scenario.repeats, scenario.warm_rounds, between)
+        found = measure(scenario, cases, stack, runtime, limits)
+    turns = {name: [_slowest(turn, runtime) for turn in of_variant] for name, of_variant in found.items()}
+    return _result(scenario, cases, turns, runtime.world_size, combine(limits) if limits else None)
+
+
+def run_jobs(scenario: Scenario, cases: Sequence[Case], given: Sequence[str]) -> Result:
+    """Measures variants that have ranks of their own, interleaved: every turn is a job."""
+    turns_of = {case.name: partial(turn_of_job, case.name, case.ranks or 1, given) for case in cases}
+    return _result(scenario, cases, interleave(turns_of, scenario.repeats, 0), 1, None)
+
+
+def measure(
+    scenario: Scenario,
+    cases: Sequence[Case],
+    stack: ExitStack,
+    runtime: Runtime,
+    limits: list[Limits] | None = None,
+) -> dict[str, list[Turn]]:
+    """The turns of this rank. A collective.
+
+    Args:
+        scenario: says how many.
+        cases: the variants.
+        stack: closes what was opened.
+        runtime: this process's view of the job.
+        limits: where to put the limits of the machine, if the scenario wants them.
+    """
+    directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="benchmark-")))
+    logs = _write_logs(cases, directory, runtime)
+    turns_of: dict[str, Callable[[], Turn]] = {}
+    for number, case in enumerate(cases):
+        place = directory / f"variant-{number}"
+        workload = open_workload(case, logs[case.log], scenario.steps, place, stack, runtime)
+        turns_of[case.name] = workload.turn
+    if limits is None or not scenario.limits:
+        return interleave(turns_of, scenario.repeats, scenario.warm_rounds)
+    probe = _open_probe(cases[0], logs[cases[0].log], runtime)
+    return interleave(
+        turns_of, scenario.repeats, scenario.warm_rounds, lambda: limits.append(probe.measure())
+    )
+
+
+def _result(
+    scenario: Scenario,
+    cases: Sequence[Case],
+    turns: Mapping[str, Sequence[Turn]],
+    ranks: int,
+    limits: Limits | None,
+) -> Result:
     summaries: dict[str, Summary] = {}
     for case in cases:
-        of_slowest = [_slowest(turn, runtime) for turn in turns[case.name]]
-        summaries[case.name] = summarise(of_slowest, rows_per_step(case.config, runtime))
-    return Result(scenario, summaries, combine(limits) if limits else None)
+        lanes = case.config.data.lanes or case.ranks or ranks
+        rows = case.config.train.batch_size // lanes * lanes
+        summaries[case.name] = summarise(turns[case.name], rows)
+    return Result(scenario, summaries, {case.name: case.against for case in cases}, limits)
 
 
 def interleave(

@@ -32,6 +32,11 @@ class Variant(Section):
     """Default: that of the scenario."""
     stage: Stage | None = None
     """Default: that of the scenario."""
+    against: str | None = None
+    """The variant that its ratio is relative to; default: the first."""
+    ranks: PositiveInt | None = None
+    """Measured in jobs of their own with so many ranks of this host, each on a core of its own; all variants
+    of a scenario, or none. Default: the ranks that the scenario runs on."""
     optional: bool = False
     """Measured with `--all` only: it needs much memory or time."""
 
@@ -58,7 +63,7 @@ class Scenario(Section):
     config: dict[str, Any] = {}
     """Sections of a run configuration; name, data and features follow from the log."""
     variants: list[Variant] = Field(min_length=1)
-    """The first is the base of the ratios."""
+    """What is compared. Ratios are relative to the first where `against` names no other."""
 
     @model_validator(mode="after")
     def _check(self) -> "Scenario":
@@ -67,7 +72,16 @@ class Scenario(Section):
             if names.count(name) > 1:
                 raise ValueError(f"`variants`: the name {name!r} stands twice")
         if self.variants[0].optional:
-            raise ValueError("`variants`: the first is the base of all ratios and cannot be `optional`")
+            raise ValueError("`variants`: the first is the base of the ratios and cannot be `optional`")
+        bases = [variant.name for variant in self.variants if not variant.optional]
+        for variant in self.variants:
+            if variant.against is not None and variant.against not in bases:
+                raise ValueError(
+                    f"`variants`, {variant.name!r}: `against: {variant.against}` is no variant that is "
+                    f"always measured; those are: {', '.join(bases)}"
+                )
+        if len({variant.ranks is None for variant in self.variants}) > 1:
+            raise ValueError("`variants`: give `ranks` to all of them, or to none")
         for key in ("name", "run_dir", "features"):
             if key in self.config:
                 raise ValueError(f"`config.{key}` follows from `log`; remove it")
@@ -83,7 +97,8 @@ class Case:
     stage: Stage
     log: LogConfig
     config: RunConfig
-    overrides: tuple[str, ...]
+    against: str
+    ranks: int | None
 
 
 def load_scenario(name_or_path: str) -> Scenario:
@@ -129,7 +144,8 @@ def _resolve(scenario: Scenario, variant: Variant, overrides: Sequence[str]) -> 
     stage = variant.stage or scenario.stage
     config = parse_config(_filled(values, log, stage), where)
     measure = variant.measure or scenario.measure
-    return Case(variant.name, measure, stage, log, config, variant.overrides)
+    against = variant.against or scenario.variants[0].name
+    return Case(variant.name, measure, stage, log, config, against, variant.ranks)
 
 
 def _filled(values: dict[str, Any], log: LogConfig, stage: Stage) -> dict[str, Any]:

@@ -4,10 +4,12 @@ In a pipeline that is full one batch is taken a step, so the time between two of
 whatever happens inside it; nothing in the code under test has to know that it is timed.
 """
 
+import json
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
+from pathlib import Path
 
 from hetegen_rec.data.batch import Batch
 
@@ -20,6 +22,15 @@ class Turn:
     """Of each timed step, that is of `batch_size` rows over all ranks."""
     cpu_seconds: float
     """A step, over all threads of this process."""
+
+    def save(self, path: Path) -> None:
+        """Writes it as JSON."""
+        path.write_text(json.dumps(asdict(self)), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> "Turn":
+        """The inverse of `save`."""
+        return cls(**json.loads(path.read_text(encoding="utf-8")))
 
 
 class Stopwatch:

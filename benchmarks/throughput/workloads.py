@@ -124,8 +124,8 @@ class Bare:
     def turn(self) -> Turn:
         """Trains on the batches."""
         stopwatch = Stopwatch()
-        # The trainer's segments end before anyone asks for one batch more.
-        self._loop.train(stopwatch.watch(self._batches))
+        # As in the trainer's segments, nobody asks for one batch more.
+        self._loop.train(islice(stopwatch.watch(self._batches), len(self._batches)))
         return stopwatch.read(FILLING_STEPS - 1)
 
 
