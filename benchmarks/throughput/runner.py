@@ -73,12 +73,18 @@ def _parse(given: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("scenario", help="name of a file in benchmarks/throughput/scenarios, or a .yaml file")
     parser.add_argument("overrides", nargs="*", help="key=value for all variants; `log.` for the rows")
-    parser.add_argument("--repeats", type=int, help="rounds over all variants")
-    parser.add_argument("--steps", type=int, help="timed steps of a variant in a round")
+    parser.add_argument("--repeats", type=_positive, help="rounds over all variants")
+    parser.add_argument("--steps", type=_positive, help="timed steps of a variant in a round")
     parser.add_argument("--all", action="store_true", help="with the optional variants, which need much")
     parser.add_argument("--turn", nargs=2, metavar=("VARIANT", "FILE"), help=argparse.SUPPRESS)
     parser.add_argument("--results", type=Path, help="directory; default: runs/benchmarks/SCENARIO")
     return parser.parse_intermixed_args(given)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
 
 
 def run(scenario: Scenario, cases: Sequence[Case], runtime: Runtime) -> Result:

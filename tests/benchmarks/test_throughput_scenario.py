@@ -17,7 +17,8 @@ def load(tmp_path, **changed):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_variant_of_a_shipped_scenario_is_a_valid_run(name):
     cases = cases_of(load_scenario(name), with_optional=True)
-    assert len({(case.measure, case.stage, case.log, str(case.config)) for case in cases}) == len(cases)
+    kinds = {(case.measure, case.stage, case.ranks, case.log, str(case.config)) for case in cases}
+    assert len(kinds) == len(cases)
 
 
 @pytest.mark.parametrize(
