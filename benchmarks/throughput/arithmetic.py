@@ -3,10 +3,15 @@
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import numpy as np
 
 from benchmarks.throughput.stopwatch import Turn
+
+Typical: TypeAlias = Literal["median", "mean"]
+"""What stands for the steps of a repeat. A median passes over stalls, which in a loop on batches in memory
+come from outside; a mean counts them, as they belong to a reader."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +28,7 @@ class Summary:
     """One variant over all repeats. Times are seconds."""
 
     seconds_per_step: list[float]
-    """Of each repeat: the time of all its steps by their number, so that no stall is lost."""
+    """Of each repeat: the median or the mean of its steps."""
     cpu_seconds: float
     """Median over the repeats, of one process."""
     p50: float
@@ -50,12 +55,13 @@ class Summary:
         return Ratio(statistics.median(ratios), min(ratios), max(ratios))
 
 
-def summarise(turns: Sequence[Turn], rows_per_step: int) -> Summary:
+def summarise(turns: Sequence[Turn], rows_per_step: int, typical: Typical) -> Summary:
     """The turns of one variant, one a repeat."""
+    of_repeat = statistics.median if typical == "median" else statistics.mean
     steps = [seconds for turn in turns for seconds in turn.seconds]
     p50, p90, p99 = (float(value) for value in np.percentile(steps, [50, 90, 99]))
     return Summary(
-        seconds_per_step=[statistics.mean(turn.seconds) for turn in turns],
+        seconds_per_step=[of_repeat(turn.seconds) for turn in turns],
         cpu_seconds=statistics.median(turn.cpu_seconds for turn in turns),
         p50=p50,
         p90=p90,

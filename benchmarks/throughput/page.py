@@ -153,9 +153,9 @@ def page(name: str, result: Result) -> Iterator[str]:
     yield ""
     yield from _wrapped(
         f"Ratio: time of a step relative to the variant beside it, the median of {scenario.repeats} repeats "
-        "in each of which every variant had its turn; a repeat's time is that of all its steps by their "
-        "number, and `step ms` and samples/s are its median. P50, P90 and P99 are of single steps, all "
-        "repeats together. `CPU ms` is what a step takes of all threads of one rank."
+        f"in each of which every variant had its turn. A repeat counts with the {scenario.typical} of its "
+        "steps, and `step ms` and samples/s are the median of these. P50, P90 and P99 are of single steps, "
+        "all repeats together. `CPU ms` is what a step takes of all threads of one rank."
     )
     if result.limits is not None:
         yield ""

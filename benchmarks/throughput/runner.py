@@ -144,7 +144,7 @@ def _result(
     for case in cases:
         lanes = case.config.data.lanes or case.ranks or ranks
         rows = case.config.train.batch_size // lanes * lanes
-        summaries[case.name] = summarise(turns[case.name], rows)
+        summaries[case.name] = summarise(turns[case.name], rows, scenario.typical)
     return Result(scenario, summaries, {case.name: case.against for case in cases}, limits)
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias
 
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
+from benchmarks.throughput.arithmetic import Typical
 from benchmarks.throughput.click_log import LogConfig
 from hetegen_rec.config.errors import ConfigError, Section
 from hetegen_rec.config.loading import apply_override, parse_config, read_yaml
@@ -50,6 +51,8 @@ class Scenario(Section):
     """What the ratios should be, in words."""
     measure: Measure = "trainer"
     stage: Stage = "scratch"
+    typical: Typical = "median"
+    """What stands for the steps of a repeat; `mean` where stalls belong to what is measured."""
     repeats: PositiveInt = 9
     """Rounds over all variants."""
     steps: PositiveInt = 16

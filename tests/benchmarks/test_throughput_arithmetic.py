@@ -25,17 +25,23 @@ def test_every_variant_has_its_turn_in_every_round():
 
 
 def test_ratios_are_those_of_one_repeat_and_their_median():
-    base = summarise([turn(1.0), turn(10.0), turn(2.0)], 100)
-    other = summarise([turn(2.0), turn(11.0), turn(3.0)], 100)
+    base = summarise([turn(1.0), turn(10.0), turn(2.0)], 100, "median")
+    other = summarise([turn(2.0), turn(11.0), turn(3.0)], 100, "median")
     ratio = other.ratio_to(base)
     assert (ratio.median, ratio.least, ratio.most) == pytest.approx((1.5, 1.1, 2.0))
 
 
-def test_a_stall_counts_for_throughput_and_percentiles_are_of_single_steps():
-    summary = summarise([turn(*[1.0] * 9, 11.0)] * 3, 100)
-    assert (summary.step, summary.rows_per_second) == (2.0, 50.0)
-    assert (summary.p50, summary.p90, summary.p99) == pytest.approx((1.0, 2.0, 11.0))
-    assert summary.num_steps == 30
+def test_a_mean_counts_a_stall_and_a_median_does_not():
+    turns = [turn(*[1.0] * 9, 11.0)] * 3
+    mean, median = summarise(turns, 100, "mean"), summarise(turns, 100, "median")
+    assert (mean.step, mean.rows_per_second) == (2.0, 50.0)
+    assert (median.step, median.rows_per_second) == (1.0, 100.0)
+
+
+def test_percentiles_are_of_single_steps_of_all_repeats():
+    summary = summarise([turn(*range(0, 50)), turn(*range(50, 101))], 100, "median")
+    assert (summary.p50, summary.p90, summary.p99) == (50.0, 90.0, 99.0)
+    assert summary.num_steps == 101
 
 
 def test_a_stopwatch_times_from_one_batch_to_the_next_and_starts_anew():
