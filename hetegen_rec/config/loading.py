@@ -39,6 +39,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: no such file, not YAML, or a key that is unknown, of the wrong type or in
             contradiction with another; the message names the key and the fix.
     """
+    values = read_yaml(path)
+    for override in overrides:
+        apply_override(values, override)
+    return parse_config(values, str(path))
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The nested mapping that a YAML file holds.
+
+    Raises:
+        ConfigError: no such file, not YAML, or no mapping.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
@@ -46,9 +58,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     values = parse_yaml(text, str(path))
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected `key: value` lines at the top level")
-    for override in overrides:
-        _apply(values, override)
-    return parse_config(values, str(path))
+    return values
 
 
 def parse_config(values: dict[str, Any], where: str) -> RunConfig:
@@ -57,6 +67,26 @@ def parse_config(values: dict[str, Any], where: str) -> RunConfig:
         return RunConfig.model_validate(values)
     except ValidationError as error:
         raise ConfigError(explain(error, where, RunConfig)) from error
+
+
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Sets `dotted.key=value` in a nested mapping; the value is read as YAML.
+
+    Raises:
+        ConfigError: it is not of that form, or a part of the key is no section.
+    """
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"override {override!r} is not of the form key=value")
+    *parents, last = key.split(".")
+    node = values
+    for depth, parent in enumerate(parents):
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            outer = ".".join(parents[: depth + 1])
+            raise ConfigError(f"override {override!r}: `{outer}` is a value, not a section")
+        node = child
+    node[last] = parse_yaml(text, f"override {override!r}")
 
 
 def save_config(config: RunConfig, path: str | Path) -> None:
@@ -71,21 +101,6 @@ def parse_yaml(text: str, where: str) -> Any:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{where}: not valid YAML: {error}") from error
-
-
-def _apply(values: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise ConfigError(f"override {override!r} is not of the form key=value")
-    *parents, last = key.split(".")
-    node = values
-    for depth, parent in enumerate(parents):
-        child = node.setdefault(parent, {})
-        if not isinstance(child, dict):
-            outer = ".".join(parents[: depth + 1])
-            raise ConfigError(f"override {override!r}: `{outer}` is a value, not a section")
-        node = child
-    node[last] = parse_yaml(text, f"override {override!r}")
 
 
 def explain(error: ValidationError, where: str, root: type[BaseModel]) -> str:

@@ -8,6 +8,7 @@ import heapq
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from threading import Event
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -31,6 +32,26 @@ from hetegen_rec.data.statistics import Statistics
 
 SEQUENTIAL_WINDOW_ROWS = 65_536
 """Rows of a lane read at a time where nothing is shuffled."""
+
+
+class BatchSource(Protocol):
+    """Where a trainer takes its batches from: a `Reader`, or whatever hands out batches as it does."""
+
+    num_rows: int
+
+    @property
+    def skipped(self) -> list[SkippedRows]:
+        """Rows left out so far."""
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Batches of an undisturbed epoch."""
+
+    def batches_left(self, cursor: Cursor) -> int:
+        """Batches of `epoch(cursor)`."""
+
+    def epoch(self, cursor: Cursor) -> Iterator[Batch]:
+        """A fresh iterator over the rest of an epoch."""
 
 
 class Reader:

@@ -15,7 +15,7 @@ from torchrec.optim.keyed import KeyedOptimizer
 from hetegen_rec.config.run import RunConfig, Stage, StageConfig
 from hetegen_rec.data.batch import Batch
 from hetegen_rec.data.cursor import Cursor
-from hetegen_rec.data.reader import Reader
+from hetegen_rec.data.reader import BatchSource, Reader
 from hetegen_rec.data.statistics import Statistics
 from hetegen_rec.distributed.planning import plan_as_json
 from hetegen_rec.distributed.runtime import Runtime
@@ -53,7 +53,7 @@ class Trainer:
     # on what
     runtime: Runtime
     statistics: Statistics
-    train_reader: Reader
+    train_reader: BatchSource
     valid_reader: Reader
 
     # what stays
@@ -75,7 +75,7 @@ class Trainer:
         model: ShardedModel,
         optimizer: KeyedOptimizer,
         statistics: Statistics,
-        readers: tuple[Reader, Reader],
+        readers: tuple[BatchSource, Reader],
         state: StageState,
         writer: CheckpointWriter,
         log: RunLog,
@@ -144,7 +144,7 @@ class Trainer:
                     self._finish_segment(progress)
                 if self._is_over():
                     return True
-                self._train_segment(progress)
+                self.train_segment(progress)
         except _Stopped:
             if self._saved_step != self.state.step:
                 self._save()
@@ -161,8 +161,8 @@ class Trainer:
         is_stuck = budget.patience is not None and state.evaluations_without_gain >= budget.patience
         return is_stuck and self.model.network.scores_clicks
 
-    def _train_segment(self, progress: StageProgress) -> None:
-        """Trains up to the next evaluation.
+    def train_segment(self, progress: StageProgress) -> None:
+        """Trains up to the next evaluation, which is left to the caller.
 
         Raises:
             _Stopped: on all ranks after the same step.
