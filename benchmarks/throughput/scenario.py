@@ -11,7 +11,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, model_
 from benchmarks.throughput.arithmetic import Typical
 from benchmarks.throughput.click_log import LogConfig
 from hetegen_rec.config.errors import ConfigError, Section
-from hetegen_rec.config.loading import apply_override, parse_config, read_yaml
+from hetegen_rec.config.loading import apply_override, explain, parse_config, read_yaml
 from hetegen_rec.config.run import RunConfig, Stage
 from hetegen_rec.config.values import Texts
 
@@ -117,7 +117,7 @@ def load_scenario(name_or_path: str) -> Scenario:
     try:
         return Scenario.model_validate(read_yaml(path))
     except ValidationError as error:
-        raise ConfigError(_explain(error, str(path))) from error
+        raise ConfigError(explain(error, str(path), Scenario)) from error
 
 
 def cases_of(scenario: Scenario, overrides: Sequence[str] = (), *, with_optional: bool = False) -> list[Case]:
@@ -143,7 +143,7 @@ def _resolve(scenario: Scenario, variant: Variant, overrides: Sequence[str]) -> 
     try:
         log = LogConfig.model_validate(values.pop("log"))
     except ValidationError as error:
-        raise ConfigError(_explain(error, f"{where}, `log`")) from error
+        raise ConfigError(explain(error, f"{where}, `log`", LogConfig)) from error
     stage = variant.stage or scenario.stage
     config = parse_config(_filled(values, log, stage), where)
     measure = variant.measure or scenario.measure
@@ -164,8 +164,3 @@ def _filled(values: dict[str, Any], log: LogConfig, stage: Stage) -> dict[str, A
         "features": log.features(),
         "stages": {**stages, stage: {**stages.get(stage, {}), **budget}},
     }
-
-
-def _explain(error: ValidationError, where: str) -> str:
-    problems = [(".".join(map(str, one["loc"])) or "(whole file)", one["msg"]) for one in error.errors()]
-    return "\n".join([f"{where}: cannot be used", *(f"  {key}: {message}" for key, message in problems)])
