@@ -15,9 +15,10 @@ from hetegen_rec.config.loading import apply_override, explain, parse_config, re
 from hetegen_rec.config.run import RunConfig, Stage
 from hetegen_rec.config.values import Texts
 
-Measure: TypeAlias = Literal["trainer", "end_to_end", "bare", "reader", "arrow"]
+Measure: TypeAlias = Literal["trainer", "end_to_end", "bare", "reader", "arrow", "fuxictr"]
 """What a variant times: the trainer's steps on batches made before, the trainer's steps on the reader, a bare
-TorchRec loop on batches made before, the reader alone, or Arrow decoding the same columns in one thread."""
+TorchRec loop on batches made before, the reader alone, Arrow decoding the same columns in one thread, or
+FuxiCTR's steps on batches in memory, in a process of its own."""
 
 SCENARIOS = Path(__file__).parent / "scenarios"
 _UNUSED = "unused"  # paths of a run configuration that no benchmark opens

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from benchmarks.throughput.bare_loop import BareLoop
 from benchmarks.throughput.click_log import ClickLog
+from benchmarks.throughput.peers.process import open_fuxictr
 from benchmarks.throughput.scenario import Case
 from benchmarks.throughput.stopwatch import Stopwatch, Turn
 from hetegen_rec.config.run import RunConfig
@@ -180,6 +181,8 @@ def open_workload(
     config = case.config
     if case.measure == "arrow":
         return ArrowDecode(log, rows_per_step(config, runtime))
+    if case.measure == "fuxictr":
+        return open_fuxictr(case, log, steps, directory, stack)
     reader = open_reader(config, log, runtime)
     if case.measure == "reader":
         return ReaderAlone(reader)
