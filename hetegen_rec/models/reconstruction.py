@@ -16,6 +16,7 @@ from hetegen_rec.config.schema import NUM_RESERVED_IDS, Field, Schema
 from hetegen_rec.data.batch import Batch
 from hetegen_rec.data.statistics import Statistics
 from hetegen_rec.models.corruption import Corrupted, RowNoise
+from hetegen_rec.models.sampled_loss import candidate_logits, sampled_cross_entropy
 
 Head: TypeAlias = Literal["full", "sampled", "none"]
 
@@ -249,14 +250,17 @@ class SampledSoftmax(MatchingHead):
         is_target = corrupted.is_target.gather(1, picks)
         k = min(self.num_candidates, ids.shape[1])
         positive = (query * keys).sum(-1) - log_q  # [F, B]
-        negative = query @ keys[:, :k].mT - log_q[:, None, :k]  # [F, B, K]
         valid = ids[:, :k] >= NUM_RESERVED_IDS  # [F, K]
-        hit = (ids[:, :, None] == ids[:, None, :k]) | ~valid[:, None, :]
-        negative = negative.masked_fill(hit, float("-inf"))
-        logits = torch.cat([positive[..., None], negative], dim=-1)
-        loss = -logits.log_softmax(-1)[..., 0]  # [F, B]; one pass, where logsumexp takes several
+        candidates = (
+            keys[:, :k],
+            torch.where(valid, -log_q[:, :k], float("-inf")),
+            ids[:, :, None] == ids[:, None, :k],
+        )
+        loss = sampled_cross_entropy(positive, query, *candidates)  # [F, B]
         chance = torch.log1p(valid.sum(1).clamp(min=1).float())
-        rank = None if self.training else (negative >= positive[..., None]).sum(-1).T
+        rank = None
+        if not self.training:
+            rank = (candidate_logits(query, *candidates) >= positive[..., None]).sum(-1).T
         return RowLosses(torch.where(is_target, loss.T, 0.0), is_target, chance, chance, rank)
 
     def queries(self, name: str, hidden: Tensor) -> Tensor:
