@@ -21,7 +21,11 @@ TINY = [
 ]
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in SCENARIOS.glob("*.yaml")))
+WITH_PEERS = {"peers"}
+"""Scenarios that would install another library first; tests/benchmarks/test_throughput_peers.py has their parts."""
+
+
+@pytest.mark.parametrize("name", sorted({path.stem for path in SCENARIOS.glob("*.yaml")} - WITH_PEERS))
 def test_a_scenario_times_every_variant(name):
     scenario = load_scenario(name).model_copy(update={"repeats": 1, "steps": 2, "warm_rounds": 0})
     cases = cases_of(scenario, TINY)
