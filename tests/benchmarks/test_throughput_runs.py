@@ -22,7 +22,7 @@ TINY = [
 
 
 WITH_PEERS = {"peers"}
-"""Scenarios that would install another library first; tests/benchmarks/test_throughput_peers.py has their parts."""
+"""Scenarios that would install another library first; test_throughput_peers.py has their parts."""
 
 
 @pytest.mark.parametrize("name", sorted({path.stem for path in SCENARIOS.glob("*.yaml")} - WITH_PEERS))
