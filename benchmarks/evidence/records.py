@@ -93,7 +93,8 @@ class Ledger:
             OSError: they cannot be read.
         """
         path.stat()  # a file that is not there is an error here, other than where runs begin
-        news = [one for run, one in _read(path).items() if one.status == "done" and run not in self.done]
+        done = self.done
+        news = [one for run, one in _read(path).items() if one.status == "done" and run not in done]
         for record in news:
             self.add(record)
         return len(news)
