@@ -16,7 +16,7 @@ from hetegen_rec.config.schema import NUM_RESERVED_IDS, Field, Schema
 from hetegen_rec.data.batch import Batch
 from hetegen_rec.data.statistics import Statistics
 from hetegen_rec.models.corruption import Corrupted, RowNoise
-from hetegen_rec.models.sampled_loss import candidate_logits, sampled_cross_entropy
+from hetegen_rec.models.sampled_loss import Candidates, sampled_cross_entropy
 
 Head: TypeAlias = Literal["full", "sampled", "none"]
 
@@ -248,20 +248,15 @@ class SampledSoftmax(MatchingHead):
         ids = batch.ids.gather(1, picks).T  # [F, B]
         log_q = batch.log_prior.gather(1, picks).T
         is_target = corrupted.is_target.gather(1, picks)
-        k = min(self.num_candidates, ids.shape[1])
         positive = (query * keys).sum(-1) - log_q  # [F, B]
-        valid = ids[:, :k] >= NUM_RESERVED_IDS  # [F, K]
-        candidates = (
-            keys[:, :k],
-            torch.where(valid, -log_q[:, :k], float("-inf")),
-            ids[:, :, None] == ids[:, None, :k],
-        )
-        loss = sampled_cross_entropy(positive, query, *candidates)  # [F, B]
-        chance = torch.log1p(valid.sum(1).clamp(min=1).float())
+        is_candidate = ids[:, : self.num_candidates] >= NUM_RESERVED_IDS
+        candidates = Candidates.among(ids, is_candidate, log_q)
+        loss = sampled_cross_entropy(positive, query, keys, candidates, is_target.T)
+        chance = torch.log1p(is_candidate.sum(1).clamp(min=1).float())
         rank = None
         if not self.training:
-            rank = (candidate_logits(query, *candidates) >= positive[..., None]).sum(-1).T
-        return RowLosses(torch.where(is_target, loss.T, 0.0), is_target, chance, chance, rank)
+            rank = (candidates.logits(query, keys) >= positive[..., None]).sum(-1).T
+        return RowLosses(loss.T, is_target, chance, chance, rank)
 
     def queries(self, name: str, hidden: Tensor) -> Tensor:
         """Hidden vectors [B, D] of one field -> [B, D], whose products with unit vectors are logits."""

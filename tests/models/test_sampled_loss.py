@@ -1,63 +1,116 @@
-"""The loss of a sampled softmax is that of torch's own functions, gradients included."""
+"""The loss of a sampled softmax over distinct values is that over all candidates, gradients included."""
 
 import pytest
 import torch
 from torch.nn import functional
 
-from hetegen_rec.models.sampled_loss import candidate_logits, sampled_cross_entropy
+from hetegen_rec.models import sampled_loss
+from hetegen_rec.models.sampled_loss import Candidates, sampled_cross_entropy
 
-F, B, K, D = 3, 5, 4, 6
-
-
-def inputs(seed: int = 0):
-    generator = torch.Generator().manual_seed(seed)
-    positive, query, keys = (
-        torch.randn(*shape, generator=generator, dtype=torch.float64, requires_grad=True)
-        for shape in ((F, B), (F, B, D), (F, K, D))
-    )
-    bias = torch.randn(F, K, generator=generator, dtype=torch.float64)
-    bias[0, 1] = float("-inf")
-    hit = torch.rand(F, B, K, generator=generator) < 0.3
-    hit[2, 0] = True  # a row without candidates
-    return positive, query, keys, bias, hit
+F, B, K, D, V = 4, 40, 24, 6, 11
+RESERVED = 2
 
 
-def reference(positive, query, keys, bias, hit):
-    negative = (query @ keys.mT + bias[:, None]).masked_fill(hit, float("-inf"))
-    logits = torch.cat([positive[..., None], negative], -1).flatten(0, 1)
+class Inputs:
+    """Rows whose keys and frequencies belong to their values, as looked-up ones do."""
+
+    def __init__(self, seed: int = 0):
+        generator = torch.Generator().manual_seed(seed)
+        self.ids = torch.randint(0, V, (F, B), generator=generator)
+        self.ids[2] = 5  # nothing but one value
+        self.ids[3, K:] = V  # a value that no candidate has
+        self.table = torch.randn(F, V + 1, D, generator=generator, requires_grad=True)
+        self.query = torch.randn(F, B, D, generator=generator, requires_grad=True)
+        frequencies = torch.rand(F, V + 1, generator=generator)
+        self.log_q = frequencies.gather(1, self.ids).log()
+        self.is_target = torch.rand(F, B, generator=generator) < torch.tensor([[0.2], [0.6], [1.0], [0.7]])
+        self.is_candidate = self.ids[:, :K] >= RESERVED
+
+    @property
+    def leaves(self):
+        return self.table, self.query
+
+    def keys(self):
+        return self.table.gather(1, self.ids[..., None].expand(-1, -1, D))
+
+    def positive(self, shift: float):
+        return (self.query * self.keys()).sum(-1) - self.log_q + shift
+
+
+def loss_over_distinct(rows: Inputs, shift: float = 0.0):
+    candidates = Candidates.among(rows.ids, rows.is_candidate, rows.log_q)
+    return sampled_cross_entropy(rows.positive(shift), rows.query, rows.keys(), candidates, rows.is_target)
+
+
+def loss_over_all(rows: Inputs, shift: float = 0.0):
+    """By torch's own functions, a logit for each of the K candidates."""
+    bias = torch.where(rows.is_candidate, -rows.log_q[:, :K], float("-inf"))
+    negative = rows.query @ rows.keys()[:, :K].mT + bias[:, None]
+    negative = negative.masked_fill(rows.ids[:, :, None] == rows.ids[:, None, :K], float("-inf"))
+    logits = torch.cat([rows.positive(shift)[..., None], negative], -1).flatten(0, 1)
     zeros = torch.zeros(F * B, dtype=torch.long)
-    return functional.cross_entropy(logits, zeros, reduction="none").view(F, B)
+    loss = functional.cross_entropy(logits, zeros, reduction="none").view(F, B)
+    return torch.where(rows.is_target, loss, 0.0)
 
 
+@pytest.mark.parametrize("block", [1, 2_000, 2**20])
 @pytest.mark.parametrize("shift", [0.0, 300.0, -300.0])
-def test_loss_and_gradients_are_those_of_the_cross_entropy(shift):
+def test_loss_and_gradients_are_those_over_all_candidates(shift, block, monkeypatch):
+    monkeypatch.setattr(sampled_loss, "_BLOCK", block)
     found, expected = [], []
-    for loss, into in ((sampled_cross_entropy, found), (reference, expected)):
-        positive, query, keys, bias, hit = inputs()
-        value = loss(positive + shift, query, keys, bias, hit)
+    for loss, into in ((loss_over_distinct, found), (loss_over_all, expected)):
+        rows = Inputs()
+        value = loss(rows, shift)
         (value * torch.arange(1.0, B + 1.0)).sum().backward()
-        into += [value.detach(), positive.grad, query.grad, keys.grad]
-    torch.testing.assert_close(found, expected, check_dtype=False, rtol=1e-5, atol=1e-6)
+        into += [value.detach(), *(leaf.grad for leaf in rows.leaves)]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_row_without_candidates_loses_nothing_and_moves_nothing():
-    positive, query, keys, bias, hit = inputs()
-    loss = sampled_cross_entropy(positive, query, keys, bias, hit)
-    assert loss[2, 0] == 0.0
-    loss[2, 0].backward()
-    assert not query.grad.any()
-    assert not positive.grad.any()
+    rows = Inputs()
+    loss = loss_over_distinct(rows)[2]  # every candidate is the row's own value
+    assert not loss.any()
+    loss.sum().backward()
+    assert not any(leaf.grad.any() for leaf in rows.leaves)
+
+
+def test_without_targets_nothing_is_lost():
+    rows = Inputs()
+    rows.is_target.zero_()
+    loss = loss_over_distinct(rows)
+    loss.sum().backward()
+    assert not loss.any()
+    assert not any(leaf.grad.any() for leaf in rows.leaves)
 
 
 def test_a_graph_that_is_kept_gives_the_same_gradient_again():
-    positive, query, keys, bias, hit = inputs()
-    loss = sampled_cross_entropy(positive, query, keys, bias, hit).sum()
-    first = torch.autograd.grad(loss, query, retain_graph=True)[0]
-    assert torch.equal(first, torch.autograd.grad(loss, query)[0])
+    rows = Inputs()
+    loss = loss_over_distinct(rows).sum()
+    first = torch.autograd.grad(loss, rows.query, retain_graph=True)[0]
+    assert torch.equal(first, torch.autograd.grad(loss, rows.query)[0])
 
 
-def test_what_is_no_candidate_has_no_odds():
-    _, query, keys, bias, hit = inputs()
-    logits = candidate_logits(query.detach(), keys.detach(), bias, hit)
-    assert logits[hit].isneginf().all()
-    assert logits[0, :, 1].isneginf().all()
+def test_candidates_are_the_distinct_values_with_their_counts():
+    rows = Inputs()
+    candidates = Candidates.among(rows.ids, rows.is_candidate, rows.log_q)
+    for field in range(F):
+        values, counts = rows.ids[field, :K].unique(return_counts=True)
+        assert candidates.num_distinct[field] == len(values)
+        taken = candidates.row[field, : len(values)]
+        assert torch.equal(rows.ids[field][taken], values)
+        torch.testing.assert_close(candidates.log_count[field, : len(values)].exp(), counts.float())
+        is_used = candidates.bias[field, : len(values)].isfinite()
+        assert torch.equal(is_used, values >= RESERVED)
+        assert candidates.bias[field, len(values) :].isneginf().all()
+
+
+def test_logits_leave_out_own_values_and_what_is_no_candidate():
+    rows = Inputs()
+    candidates = Candidates.among(rows.ids, rows.is_candidate, rows.log_q)
+    logits = candidates.logits(rows.query.detach(), rows.keys().detach())
+    for field in range(F):
+        values = rows.ids[field, :K].unique()
+        of_values = logits[field, :, : len(values)]
+        is_own = rows.ids[field][:, None] == values
+        assert torch.equal(of_values.isfinite(), ~is_own & (values >= RESERVED))
+        assert logits[field, :, len(values) :].isneginf().all()
