@@ -23,10 +23,10 @@ class Record:
     """Where it was trained, below the directory of all runs."""
     splits: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Metrics by split, without curves; `slices` are those of `benchmarks.evidence.slices`."""
-    train_seconds: dict[str, float] = field(default_factory=dict)
-    """Training and its evaluations, by stage, over all attempts."""
     wall_seconds: float = 0.0
     """All programs of the last attempt, start-up and final evaluation included."""
+    cpu_seconds: float = 0.0
+    """Of the same: what they would take on a core that nobody else uses."""
     peak_memory_mib: float = 0.0
     """Resident memory of the largest of them."""
     commit: str = ""
@@ -41,11 +41,6 @@ class Record:
     def selection(self) -> float:
         """What settings are chosen by: AUC on valid."""
         return float(self.value("valid", "auc") or 0.0)
-
-    @property
-    def seconds(self) -> float:
-        """Training time over all stages."""
-        return sum(self.train_seconds.values())
 
     def value(self, *path: str) -> float | None:
         """A number by its path in `splits`; None if it is not defined or not there."""

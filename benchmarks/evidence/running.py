@@ -20,7 +20,7 @@ from hetegen_rec.evaluation.results import FILE_NAME as EVALUATION
 from hetegen_rec.evaluation.results import read_evaluation
 from hetegen_rec.evaluation.significance import read_predictions
 from hetegen_rec.files import replace_directory
-from hetegen_rec.training.attempts import is_done, read_done
+from hetegen_rec.training.attempts import is_done
 
 HETEGEN: Program = cli.main
 
@@ -71,7 +71,7 @@ def execute(run: AnyRun, core: int, *, out: Path, workers: Workers, commit: str)
             record = replace(record, ways=results_by_way(run))
         else:
             usage = workers.run(train_and_evaluate, (HETEGEN, run), log, core)
-            record = _with_results(record, run)
+            record = replace(record, splits=_metrics(run))
             _keep_predictions(run, predictions_dir(out, run.id))
     except (RunError, EvaluationError) as error:
         return replace(record, error=str(error), finished=_now())
@@ -79,6 +79,7 @@ def execute(run: AnyRun, core: int, *, out: Path, workers: Workers, commit: str)
         record,
         status="done",
         wall_seconds=round(usage.seconds, 1),
+        cpu_seconds=round(usage.cpu_seconds, 1),
         peak_memory_mib=round(usage.peak_memory_mib, 1),
         finished=_now(),
     )
@@ -103,11 +104,6 @@ def train_and_evaluate(program: Program, run: Run) -> None:
     # The click stage evaluates itself, unless it was evaluated: then maybe with other settings for scoring.
     if run.evaluate or evaluated_before:
         do_verb(program, "evaluate", run, "--no-report", "--stage", run.click_stage, *run.evaluate)
-
-
-def _with_results(record: Record, run: Run) -> Record:
-    seconds: dict[str, float] = {stage: read_done(run.config, stage)["seconds"] for stage in run.stages}
-    return replace(record, splits=_metrics(run), train_seconds=seconds)
 
 
 def _metrics(run: Run) -> dict[str, dict[str, Any]]:

@@ -183,7 +183,7 @@ def _search_table(summary: Summary, data_set: str, searched: Mapping[str, Mappin
 def _cost(summary: Summary) -> Section:
     training = [method for method in summary.methods if not summary.grid.methods[method].of]
     tables = [
-        _mean_table(summary, "training, minutes", training, lambda record: record.seconds / 60, 1),
+        _mean_table(summary, "CPU time, minutes", training, lambda record: record.cpu_seconds / 60, 1),
         _mean_table(summary, "peak memory, MiB", training, lambda record: record.peak_memory_mib, 0),
     ]
     if any(passes(record) > 1.0 for record in summary.all_records):

@@ -30,8 +30,8 @@ LOG_LOSS = (
 )
 SLICES = "Mind the number of clicks: a slice with few of them moves by chance."
 COST = (
-    "Means over seeds, on one core. Training time holds the evaluations during training; memory is that of "
-    "the whole process, libraries included."
+    "Means over seeds, on one core. CPU time is that of the whole run: training, and all evaluations; memory "
+    "is that of the whole process, libraries included."
 )
 PREMISE = (
     "Norm of the gradient of each field's relative loss on the last weights that all fields share, before "

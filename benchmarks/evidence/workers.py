@@ -38,6 +38,7 @@ class Usage:
     """What a worker took."""
 
     seconds: float
+    cpu_seconds: float
     peak_memory_mib: float
 
 
@@ -83,7 +84,7 @@ class Workers:
             raise StoppedError
         if exit_code:
             raise RunError(f"exit code {exit_code}: {_last_words(log, said_before)} ({log})")
-        return Usage(time.monotonic() - start, told.recv())
+        return Usage(time.monotonic() - start, *told.recv())
 
     def stop(self) -> None:
         """Asks all workers to stop, which lets them save, and lets none start any more."""
@@ -109,7 +110,7 @@ def _begin(
     arguments: tuple[Any, ...],
     log: Path,
     core: int,
-    tell: "connection.Connection[float, float]",
+    tell: "connection.Connection[tuple[float, float], tuple[float, float]]",
 ) -> None:
     """What a worker does, from its first moment on."""
     os.setsid()  # Ctrl-C reaches it through `Workers.stop`, once
@@ -119,7 +120,8 @@ def _begin(
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
     work(*arguments)
-    tell.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    tell.send((used.ru_utime + used.ru_stime, used.ru_maxrss / 1024))
 
 
 @contextmanager

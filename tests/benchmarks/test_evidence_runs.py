@@ -139,7 +139,7 @@ def test_a_run_is_its_stages_and_its_record_what_they_left(tmp_path, plan, stand
     found = do(run)
     assert stand_in.calls() == ["prepare", "pretrain", "finetune"]
     assert found.status == "done"
-    assert found.train_seconds == {"pretrain": 1.5, "finetune": 1.5}
+    assert found.wall_seconds >= found.cpu_seconds > 0
     assert found.directory == f"runs/ads/{run.training_id}"
     assert found.value("test", "auc") == pytest.approx(0.605)
     assert "roc" not in found.splits["test"]
@@ -271,7 +271,7 @@ def test_real_models_are_trained_scored_in_two_ways_and_compared(tmp_path, capfd
     status = evidence.main([str(tmp_path / "grid.yaml"), "--out", str(out), "--jobs", "1"])
     assert status == 0, capfd.readouterr()
     plain, regenerated = Ledger(out).done.values()
-    assert plain.train_seconds == regenerated.train_seconds
+    assert plain.directory == regenerated.directory
     assert regenerated.value("test", "inference", "passes_per_row") > 1.0
     assert plain.value("test", "auc") != regenerated.value("test", "auc")
     assert "## Test-time strategies" in (out / "evidence.md").read_text()
