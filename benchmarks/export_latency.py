@@ -11,8 +11,9 @@ machine does; what counts are the ratios to the training model of the same repea
 
 import argparse
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -77,9 +78,9 @@ class Candidate:
         )
 
 
-def main() -> None:
-    """Exports, measures, and writes the table."""
-    options = _options()
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exports, measures, and writes the table; returns an exit code."""
+    options = _options(arguments)
     quiet_libraries()
     config = load_config(options.config, options.overrides)
     with start_runtime("cpu", 600) as runtime, TemporaryDirectory() as directory:
@@ -103,16 +104,17 @@ def main() -> None:
     print(page)
     if options.results is not None:
         options.results.write_text(page + "\n", encoding="utf-8")
+    return 0
 
 
-def _options() -> argparse.Namespace:
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="configs/movielens_100k.yaml")
     parser.add_argument("--stage", choices=CLICK_STAGES, default="finetune")
     parser.add_argument("--repeats", type=int, default=200, help="calls of each, half of it for 512 rows")
     parser.add_argument("--results", type=Path, help="Markdown file to write")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    return parser.parse_intermixed_args()
+    return parser.parse_intermixed_args(arguments)
 
 
 def _candidates(
@@ -253,4 +255,4 @@ def _p99(seconds: list[float]) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""What memory and cores of this machine can do at most, measured beside the steps."""
+"""What memory and cores of this machine can do at most, measured beside the steps; what a step needs."""
 
 import statistics
 import time
@@ -7,10 +7,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.throughput.before import Workload
 
 _SIZE = 1024  # of square matrices: 4 MiB each
 _PRODUCTS = 4
 _GATHERS = 4
+_PASSES = 3  # over a looked-up row: read, and read and written by the update
 
 
 @dataclass(frozen=True)
@@ -21,6 +26,23 @@ class Limits:
     """Table rows gathered by the ids of one batch; only what is read counts."""
     gemm_flops_per_second: float
     """Products of square float32 matrices."""
+    batch_bytes: int
+    """Of the table rows that one batch looks up."""
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What a step of a variant cannot be faster than while it is made of the same products and lookups."""
+
+    limits: Limits
+    flops: float
+    """Operations in matrix products of a step."""
+
+    @property
+    def seconds(self) -> float:
+        """A step that did these and its lookups and nothing else, one after the other."""
+        lookups = _PASSES * self.limits.batch_bytes / self.limits.gather_bytes_per_second
+        return lookups + self.flops / self.limits.gemm_flops_per_second
 
 
 class LimitsProbe:
@@ -43,7 +65,8 @@ class LimitsProbe:
         """The median of a few tries of each."""
         gather = statistics.median(self._gathers())
         product = statistics.median(self._products())
-        return Limits(self._gathered.nbytes / gather, 2.0 * _SIZE**3 / product)
+        size = self._gathered.nbytes
+        return Limits(size / gather, 2.0 * _SIZE**3 / product, size)
 
     def _gathers(self) -> Iterator[float]:
         for _ in range(_GATHERS):
@@ -63,4 +86,13 @@ def combine(limits: list[Limits]) -> Limits:
     return Limits(
         statistics.median(one.gather_bytes_per_second for one in limits),
         statistics.median(one.gemm_flops_per_second for one in limits),
+        limits[0].batch_bytes,
     )
+
+
+def count_flops(workload: Workload) -> float:
+    """Operations in matrix products of one turn; two for a multiplication and an addition. A collective."""
+    counter = FlopCounterMode(display=False)
+    with sdpa_kernel(SDPBackend.MATH), counter:  # the counter does not know the fused attention of CPUs
+        workload.turn()
+    return float(counter.get_total_flops())

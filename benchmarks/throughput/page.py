@@ -17,7 +17,7 @@ import torch
 from benchmarks.evidence.tables import Table
 from benchmarks.machine import processor
 from benchmarks.throughput.arithmetic import Ratio, Summary
-from benchmarks.throughput.limits import Limits
+from benchmarks.throughput.limits import Bound
 from benchmarks.throughput.scenario import Scenario
 from hetegen_rec.distributed.runtime import Runtime
 
@@ -35,6 +35,15 @@ _HEADING = (
     "P99",
     "CPU ms",
 )
+_BOUNDS = (
+    "variant",
+    "gather GB/s",
+    "products GFLOP/s",
+    "table rows of a batch, MB",
+    "products of a step, GFLOP",
+    "bound ms",
+    "reached",
+)
 
 
 @dataclass(frozen=True)
@@ -46,7 +55,8 @@ class Result:
     """By variant."""
     bases: dict[str, str]
     """By variant, the one that its ratio is relative to."""
-    limits: Limits | None
+    bounds: dict[str, Bound]
+    """By variant, where the scenario wants limits."""
 
     def ratio_of(self, variant: str) -> Ratio:
         """Time of a step, relative to that of the variant's base."""
@@ -132,10 +142,10 @@ def as_json(name: str, result: Result, made: Provenance) -> dict[str, Any]:
                 "ratio": asdict(result.ratio_of(variant)),
                 "relative_to": result.bases[variant],
                 **asdict(summary),
+                "bound": _bound_as_json(result.bounds.get(variant)),
             }
             for variant, summary in result.summaries.items()
         ],
-        "limits": None if result.limits is None else asdict(result.limits),
     }
 
 
@@ -157,13 +167,35 @@ def page(name: str, result: Result) -> Iterator[str]:
         "steps, and `step ms` and samples/s are the median of these. P50, P90 and P99 are of single steps, "
         "all repeats together. `CPU ms` is what a step takes of all threads of one rank."
     )
-    if result.limits is not None:
+    if result.bounds:
+        yield ""
+        yield from Table(_BOUNDS, [_bound_row(result, variant) for variant in result.bounds]).markdown()
         yield ""
         yield from _wrapped(
-            f"In the same repeats: a gather of one batch's rows from one table as large as all reads "
-            f"{result.limits.gather_bytes_per_second / 1e9:.2f} GB/s, and float32 products of square "
-            f"matrices reach {result.limits.gemm_flops_per_second / 1e9:.0f} GFLOP/s."
+            "Limits, measured in the same repeats: the bytes a second that a plain gather of a batch's rows "
+            "reads from one table as large as all, and float32 products of square matrices. Bound: the "
+            "operations of a step's matrix products at the one rate, and after them three passes over its "
+            "table rows (read; read and written by the update) at the other. Reached: the bound as a share "
+            "of `step ms`; what is missing is all that is neither, such as activations, normalisations, "
+            "gradients that are copied, and Python."
         )
+
+
+def _bound_row(result: Result, name: str) -> list[str]:
+    bound, step = result.bounds[name], result.summaries[name].step
+    return [
+        f"`{name}`",
+        f"{bound.limits.gather_bytes_per_second / 1e9:.2f}",
+        f"{bound.limits.gemm_flops_per_second / 1e9:.0f}",
+        f"{bound.limits.batch_bytes / 1e6:.1f}",
+        f"{bound.flops / 1e9:.2f}",
+        f"{1e3 * bound.seconds:.1f}",
+        f"{bound.seconds / step:.2f}",
+    ]
+
+
+def _bound_as_json(bound: Bound | None) -> dict[str, Any] | None:
+    return None if bound is None else {**asdict(bound), "seconds": bound.seconds}
 
 
 def _row(result: Result, name: str) -> list[str]:

@@ -13,13 +13,14 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.throughput.arithmetic import Summary, summarise
+from benchmarks.throughput.before import Workload
 from benchmarks.throughput.click_log import ClickLog, LogConfig, write_click_log
 from benchmarks.throughput.jobs import share_first_cores, turn_of_job
-from benchmarks.throughput.limits import Limits, LimitsProbe, combine
+from benchmarks.throughput.limits import Bound, Limits, LimitsProbe, combine, count_flops
 from benchmarks.throughput.page import Provenance, Result, write_results
 from benchmarks.throughput.scenario import Case, Scenario, cases_of, load_scenario
 from benchmarks.throughput.stopwatch import Turn
-from benchmarks.throughput.workloads import MadeBatches, open_reader, open_workload
+from benchmarks.throughput.workloads import FILLING_STEPS, MadeBatches, open_reader, open_workload
 from hetegen_rec.config.errors import ConfigError
 from hetegen_rec.distributed.runtime import Runtime, start_runtime
 from hetegen_rec.terminal import quiet_libraries
@@ -60,7 +61,8 @@ def _one_turn(scenario: Scenario, cases: Sequence[Case], name: str, path: str) -
     (case,) = (case for case in cases if case.name == name)
     share_first_cores(case.ranks or 1)
     with start_runtime(case.config.distributed.device) as runtime, ExitStack() as stack:
-        (turn,) = measure(scenario.model_copy(update={"repeats": 1}), [case], stack, runtime)[case.name]
+        alone = scenario.model_copy(update={"repeats": 1, "limits": False})
+        ((turn,),) = measure(alone, [case], stack, runtime)[0].values()
         turn = _slowest(turn, runtime)
         if runtime.is_main:
             turn.save(Path(path))
@@ -89,48 +91,49 @@ def _positive(text: str) -> int:
 
 def run(scenario: Scenario, cases: Sequence[Case], runtime: Runtime) -> Result:
     """Measures all variants of a scenario in this job, interleaved. A collective."""
-    limits: list[Limits] = []
     with ExitStack() as stack:
-        found = measure(scenario, cases, stack, runtime, limits)
+        found, bounds = measure(scenario, cases, stack, runtime)
     turns = {name: [_slowest(turn, runtime) for turn in of_variant] for name, of_variant in found.items()}
-    return _result(scenario, cases, turns, runtime.world_size, combine(limits) if limits else None)
+    return _result(scenario, cases, turns, runtime.world_size, bounds)
 
 
 def run_jobs(scenario: Scenario, cases: Sequence[Case], given: Sequence[str]) -> Result:
     """Measures variants that have ranks of their own, interleaved: every turn is a job."""
     turns_of = {case.name: partial(turn_of_job, case.name, case.ranks or 1, given) for case in cases}
-    return _result(scenario, cases, interleave(turns_of, scenario.repeats, 0), 1, None)
+    return _result(scenario, cases, interleave(turns_of, scenario.repeats, 0), 1, {})
 
 
 def measure(
-    scenario: Scenario,
-    cases: Sequence[Case],
-    stack: ExitStack,
-    runtime: Runtime,
-    limits: list[Limits] | None = None,
-) -> dict[str, list[Turn]]:
-    """The turns of this rank. A collective.
+    scenario: Scenario, cases: Sequence[Case], stack: ExitStack, runtime: Runtime
+) -> tuple[dict[str, list[Turn]], dict[str, Bound]]:
+    """The turns of this rank, and what bounds its steps if the scenario wants that; by variant. A collective.
 
     Args:
         scenario: says how many.
         cases: the variants.
         stack: closes what was opened.
         runtime: this process's view of the job.
-        limits: where to put the limits of the machine, if the scenario wants them.
     """
     directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="benchmark-")))
     logs = _write_logs(cases, directory, runtime)
-    turns_of: dict[str, Callable[[], Turn]] = {}
+    workloads: dict[str, Workload] = {}
     for number, case in enumerate(cases):
         place = directory / f"variant-{number}"
-        workload = open_workload(case, logs[case.log], scenario.steps, place, stack, runtime)
-        turns_of[case.name] = workload.turn
-    if limits is None or not scenario.limits:
-        return interleave(turns_of, scenario.repeats, scenario.warm_rounds)
-    probe = _open_probe(cases[0], logs[cases[0].log], runtime)
-    return interleave(
-        turns_of, scenario.repeats, scenario.warm_rounds, lambda: limits.append(probe.measure())
-    )
+        workloads[case.name] = open_workload(case, logs[case.log], scenario.steps, place, stack, runtime)
+    turns_of = {name: workload.turn for name, workload in workloads.items()}
+    probes = {case.log: _open_probe(case, logs[case.log], runtime) for case in cases if scenario.limits}
+    limits: dict[LogConfig, list[Limits]] = {log: [] for log in probes}
+
+    def between() -> None:
+        for log, probe in probes.items():
+            limits[log].append(probe.measure())
+
+    turns = interleave(turns_of, scenario.repeats, scenario.warm_rounds, between)
+    if not scenario.limits:
+        return turns, {}
+    batches = scenario.steps + FILLING_STEPS
+    flops = {case.name: count_flops(workloads[case.name]) / batches for case in cases}
+    return turns, {case.name: Bound(combine(limits[case.log]), flops[case.name]) for case in cases}
 
 
 def _result(
@@ -138,21 +141,21 @@ def _result(
     cases: Sequence[Case],
     turns: Mapping[str, Sequence[Turn]],
     ranks: int,
-    limits: Limits | None,
+    bounds: dict[str, Bound],
 ) -> Result:
     summaries: dict[str, Summary] = {}
     for case in cases:
         lanes = case.config.data.lanes or case.ranks or ranks
         rows = case.config.train.batch_size // lanes * lanes
         summaries[case.name] = summarise(turns[case.name], rows, scenario.typical)
-    return Result(scenario, summaries, {case.name: case.against for case in cases}, limits)
+    return Result(scenario, summaries, {case.name: case.against for case in cases}, bounds)
 
 
 def interleave(
     turns_of: Mapping[str, Callable[[], Turn]],
     repeats: int,
     warm_rounds: int,
-    between: Callable[[], None] | None = None,
+    between: Callable[[], None] = lambda: None,
 ) -> dict[str, list[Turn]]:
     """The turns of all variants, A B C A B C ..., so that what the machine does else hits all alike.
 
@@ -169,8 +172,7 @@ def interleave(
     for _ in range(repeats):
         for name, turn in turns_of.items():
             turns[name].append(turn())
-        if between is not None:
-            between()
+        between()
     return turns
 
 

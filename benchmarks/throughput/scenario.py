@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from benchmarks.throughput.arithmetic import Typical
+from benchmarks.throughput.before import Part
 from benchmarks.throughput.click_log import LogConfig
 from hetegen_rec.config.errors import ConfigError, Section
 from hetegen_rec.config.loading import apply_override, explain, parse_config, read_yaml
@@ -34,6 +35,8 @@ class Variant(Section):
     """Default: that of the scenario."""
     stage: Stage | None = None
     """Default: that of the scenario."""
+    before: list[Part] = []
+    """Parts of a step that are as they were before they were made fast."""
     against: str | None = None
     """The variant that its ratio is relative to; default: the first."""
     ranks: PositiveInt | None = None
@@ -61,7 +64,7 @@ class Scenario(Section):
     warm_rounds: NonNegativeInt = 1
     """Rounds before the first one that counts."""
     limits: bool = False
-    """Also measure, in every round, what memory and cores can do at most."""
+    """Also measure, in every round, what memory and cores can do at most, and what a step needs of that."""
     log: dict[str, Any] = {}
     """The generated log (`LogConfig`)."""
     config: dict[str, Any] = {}
@@ -101,6 +104,7 @@ class Case:
     stage: Stage
     log: LogConfig
     config: RunConfig
+    before: tuple[Part, ...]
     against: str
     ranks: int | None
 
@@ -149,7 +153,8 @@ def _resolve(scenario: Scenario, variant: Variant, overrides: Sequence[str]) -> 
     config = parse_config(_filled(values, log, stage), where)
     measure = variant.measure or scenario.measure
     against = variant.against or scenario.variants[0].name
-    return Case(variant.name, measure, stage, log, config, against, variant.ranks)
+    before = tuple(variant.before)
+    return Case(variant.name, measure, stage, log, config, before, against, variant.ranks)
 
 
 def _filled(values: dict[str, Any], log: LogConfig, stage: Stage) -> dict[str, Any]:

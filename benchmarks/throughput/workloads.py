@@ -6,11 +6,11 @@ from contextlib import ExitStack
 from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Protocol
 
 import pyarrow.parquet as pq
 
 from benchmarks.throughput.bare_loop import BareLoop
+from benchmarks.throughput.before import AsBefore, Workload
 from benchmarks.throughput.click_log import ClickLog
 from benchmarks.throughput.peers.process import open_fuxictr
 from benchmarks.throughput.scenario import Case
@@ -36,13 +36,6 @@ from hetegen_rec.training.trainer import Trainer
 
 FILLING_STEPS = 4
 """Untimed steps at the start of a turn, in which the pipeline fills."""
-
-
-class Workload(Protocol):
-    """Something that can be measured over and over again."""
-
-    def turn(self) -> Turn:
-        """Carries out and times some steps, as many each time. A collective."""
 
 
 class MadeBatches:
@@ -178,6 +171,14 @@ def open_workload(
         stack: closes what was opened.
         runtime: this process's view of the job.
     """
+    if not case.before:
+        return _open(case, log, steps, directory, stack, runtime)
+    return AsBefore(case.before, lambda: _open(case, log, steps, directory, stack, runtime))
+
+
+def _open(
+    case: Case, log: ClickLog, steps: int, directory: Path, stack: ExitStack, runtime: Runtime
+) -> Workload:
     config = case.config
     if case.measure == "arrow":
         return ArrowDecode(log, rows_per_step(config, runtime))

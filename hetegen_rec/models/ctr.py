@@ -38,13 +38,13 @@ class FieldPooling(nn.Module):
             strict=True,
         )
         pooled = [
-            _mean_of_present(items, is_there)[:, None] if is_sequence else items
+            mean_of_present(items, is_there)[:, None] if is_sequence else items
             for is_sequence, items, is_there in parts
         ]
         return torch.cat(pooled, dim=1)
 
 
-def _mean_of_present(items: Tensor, is_there: Tensor) -> Tensor:
+def mean_of_present(items: Tensor, is_there: Tensor) -> Tensor:
     """Items [B, L, D], of which [B, L] exist -> [B, D]; zero where none does."""
     weight = is_there[..., None].to(items.dtype)
     return (items * weight).sum(1) / weight.sum(1).clamp(min=1.0)

@@ -19,18 +19,18 @@ _NONE = float("-inf")
 
 @dataclass(frozen=True)
 class Candidates:
-    """The distinct values among the first rows of a batch; column U stands for "none of them"."""
+    """The distinct values among the first K rows of a batch, each in a column; column K is none of them."""
 
     row: Tensor
-    """[F, U + 1] int64: a row of the batch that has the value."""
+    """[F, K + 1] int64: a row of the batch that has the value."""
     bias: Tensor
-    """[F, U + 1]: -log q of the value, which corrects its logit; minus infinity where there is none."""
+    """[F, K + 1]: -log q of the value, which corrects its logit; minus infinity in columns without one."""
     log_count: Tensor
-    """[F, U + 1]: log of how many rows have it, 0 where there is none."""
+    """[F, K + 1]: log of how many of the rows have it; 0 in columns without one."""
     own: Tensor
     """[F, B] int64: the column of every row's own value, which is no negative for it."""
     num_distinct: Tensor
-    """[F] int64: how many columns of a field are used."""
+    """[F] int64: the values, which stand in the first columns."""
 
     @classmethod
     def among(cls, ids: Tensor, is_candidate: Tensor, log_q: Tensor) -> "Candidates":
@@ -60,7 +60,7 @@ class Candidates:
         return cls(row, bias, count.clamp(min=1).float().log(), own, column[:, -1] + 1)
 
     def logits(self, query: Tensor, keys: Tensor) -> Tensor:
-        """[F, B, U + 1]: of every value, however often it comes; minus infinity for a row's own and none.
+        """[F, B, K + 1]: of every value, however often it comes; minus infinity for a row's own and none.
 
         Args:
             query: [F, B, D].
@@ -128,7 +128,8 @@ class _SampledCrossEntropy(torch.autograd.Function):
         first = torch.arange(num_fields, device=query.device)[:, None] * num_rows
         loss = torch.zeros_like(positive)
         bias = candidates.bias + candidates.log_count
-        parts = []
+        slices: list[slice] = []
+        saved: list[Tensor] = []
         for block in _blocks(candidates, is_target):
             fields, rows, num = block.fields, block.rows, block.num_values
             row_index = rows + first[fields]  # [f, n]
@@ -144,19 +145,21 @@ class _SampledCrossEntropy(torch.autograd.Function):
             loss[fields].scatter_(1, rows, torch.where(is_real, -log_p[..., num], 0.0))
             slope = log_p.exp_()  # of the loss by the logits
             slope[..., num] -= 1.0
-            parts.append((fields, rows, row_index, key_index[:, :-1], is_real, slope))
-        ctx.parts = parts
-        ctx.save_for_backward(query, keys)
+            slices.append(fields)
+            saved += [rows, row_index, key_index[:, :-1], is_real, slope]
+        ctx.slices = slices
+        ctx.save_for_backward(query, keys, *saved)
         return loss
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        query, keys = ctx.saved_tensors
+        query, keys, *saved = ctx.saved_tensors
         dim = query.shape[-1]
         flat_query, flat_keys = query.reshape(-1, dim), keys.reshape(-1, dim)
         of_positive = torch.zeros_like(gradient)
         of_query, of_keys = torch.zeros_like(flat_query), torch.zeros_like(flat_keys)
-        for fields, rows, row_index, key_index, is_real, slope in ctx.parts:
+        for number, fields in enumerate(ctx.slices):
+            rows, row_index, key_index, is_real, slope = saved[5 * number : 5 * number + 5]
             of_loss = torch.where(is_real, gradient[fields].gather(1, rows), 0.0)
             of_logits = slope * of_loss[..., None]  # not in place: a graph may be gone through again
             of_positive[fields].scatter_(1, rows, of_logits[..., -1])

@@ -40,7 +40,8 @@ def test_a_scenario_times_every_variant(name):
             assert summary.num_steps == 2
         elif case.measure == "reader":
             assert summary.num_steps == 6
-    assert (result.limits is not None) == scenario.limits
+    assert set(result.bounds) == ({case.name for case in cases} if scenario.limits else set())
+    assert all(bound.seconds > 0 and bound.flops > 0 for bound in result.bounds.values())
 
 
 def measure(options):

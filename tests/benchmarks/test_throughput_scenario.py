@@ -17,7 +17,9 @@ def load(tmp_path, **changed):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_variant_of_a_shipped_scenario_is_a_valid_run(name):
     cases = cases_of(load_scenario(name), with_optional=True)
-    kinds = {(case.measure, case.stage, case.ranks, case.log, str(case.config)) for case in cases}
+    kinds = {
+        (case.measure, case.stage, case.ranks, case.log, case.before, str(case.config)) for case in cases
+    }
     assert len(kinds) == len(cases)
 
 
