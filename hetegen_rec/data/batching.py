@@ -130,16 +130,16 @@ class Batcher:
         row_ids = _column(table, ROW_ID).astype(np.int64)
         if self._dropout is not None:
             self._drop_rare(self._dropout, ids, bags, row_ids, noise_seed)
-        log_prior = self._look_up(self._log_prior, self._prior_starts, ids, bags)
-        log_rate = self._look_up(self._log_rate, self._rate_starts, ids, bags)
+        rows = np.ascontiguousarray(ids.T)
+        prior_places, rate_places = self._places(rows)
         movement = None
         if self._movement is not None:
-            movement = _rows_first(self._look_up(self._movement, self._rate_starts, ids, bags))
+            movement = self._look_up(self._movement, rate_places, self._rate_starts, bags)
         return Batch(
             kjt=self._kjt(ids, bags),
-            ids=_rows_first(ids),
-            log_prior=_rows_first(log_prior),
-            log_rate=_rows_first(log_rate),
+            ids=_tensor(rows),
+            log_prior=self._look_up(self._log_prior, prior_places, self._prior_starts, bags),
+            log_rate=self._look_up(self._log_rate, rate_places, self._rate_starts, bags),
             labels=_tensor(_column(table, LABEL).astype(np.float32)),
             row_ids=_tensor(row_ids),
             strata=_tensor(strata.astype(np.float32)),
@@ -228,21 +228,28 @@ class Batcher:
             return None
         return f"ids from {least} to {greatest}, but its table has {num_ids} rows"
 
+    def _places(self, ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Where the ids [B, T] stand in the flat arrays by field, and in those by table."""
+        by_field = ids + (self._prior_starts.T + 1)
+        if np.array_equal(self._prior_starts, self._rate_starts):  # no table is shared
+            return by_field, by_field
+        return by_field, ids + (self._rate_starts.T + 1)
+
     def _look_up(
         self,
         by_id: NDArray[np.float32],
+        places: NDArray[np.int64],
         starts: NDArray[np.int64],
-        ids: NDArray[np.int64],
         bags: dict[int, _Bags],
-    ) -> NDArray[np.float32]:
-        """[T, B] log-frequencies or factors; of a bag the mean over its values: of logs, so that no value
+    ) -> torch.Tensor:
+        """[B, T] log-frequencies or factors; of a bag the mean over its values: of logs, so that no value
         dominates.
         """
         # The range is checked already, and this mode is the fast one.
-        found = by_id.take(ids + (starts + 1), mode="clip")
+        found = by_id.take(places, mode="clip")
         for token, bag in bags.items():
-            found[token] = bag.mean(by_id.take(bag.values + (starts[token] + 1), mode="clip"))
-        return found
+            found[:, token] = bag.mean(by_id.take(bag.values + (starts[token] + 1), mode="clip"))
+        return _tensor(found)
 
     def _drop_rare(
         self,
@@ -268,9 +275,9 @@ class Batcher:
         pieces, start = [], 0
         for token, bag in bags.items():
             lengths[token] = bag.lengths
-            pieces += [ids[start:token][filled[start:token]], bag.values]
+            pieces += [_chosen(ids[start:token], filled[start:token]), bag.values]
             start = token + 1
-        pieces.append(ids[start:][filled[start:]])
+        pieces.append(_chosen(ids[start:], filled[start:]))
         return KeyedJaggedTensor(
             keys=self._keys,
             values=_tensor(np.concatenate(pieces)),
@@ -339,9 +346,9 @@ def _list_column(table: pa.Table, name: str) -> tuple[NDArray[np.int32], NDArray
     return array.flatten().to_numpy(), array.value_lengths().to_numpy()
 
 
-def _rows_first(matrix: NDArray[Any]) -> torch.Tensor:
-    """[T, B] -> contiguous [B, T]."""
-    return _tensor(np.ascontiguousarray(matrix.T))
+def _chosen(matrix: NDArray[np.int64], chosen: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """The chosen elements, row by row; most often all of them, which needs no copy."""
+    return matrix.ravel() if chosen.all() else matrix[chosen]
 
 
 def _tensor(array: NDArray[Any]) -> torch.Tensor:

@@ -172,10 +172,10 @@ class Trainer:
         while True:
             self._seed_dropout()
             try:
-                outputs: Outputs = self._pipeline.progress(batches)
+                # Nothing keeps the outputs during the next step, which makes its own in their place.
+                self._take_note(self._pipeline.progress(batches), progress)
             except StopIteration:
                 return
-            self._take_note(outputs, progress)
             self._act(self._agreement.share(self._wishes()))
 
     def _open_batches(self) -> Iterator[Batch]:
