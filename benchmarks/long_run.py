@@ -270,8 +270,8 @@ def page(findings: Findings, case: Case) -> Iterator[str]:
         f"{findings.rows / log.rows:.2f} epochs of {log.rows:,} rows: DeepFM with {log.fields} fields of "
         f"{log.values_per_field:,} table rows each, dimension {config.model.dim}, batches of "
         f"{config.train.batch_size:,}, {config.data.shuffle_rows:,} rows to shuffle among, "
-        f"{config.train.evaluations_per_epoch} evaluations an epoch, each with a checkpoint, and a checkpoint "
-        f"every {config.checkpoints.every_minutes:g} minutes otherwise."
+        f"{config.train.evaluations_per_epoch} evaluations an epoch, each with a checkpoint, and another "
+        f"checkpoint after {config.checkpoints.every_minutes:g} minutes without one."
     )
     yield ""
     yield from wrapped(
