@@ -37,6 +37,8 @@ class LogConfig(Section):
     """Rows of the log."""
     rows_per_group: PositiveInt = 65_536
     """Rows of a Parquet row group."""
+    rows_per_file: PositiveInt = 10_000_000
+    """Rows of a Parquet file."""
     seed: NonNegativeInt = 0
 
     @model_validator(mode="after")
@@ -72,7 +74,8 @@ class ClickLog:
     """Rows on disk, and what is known of them."""
 
     config: LogConfig
-    path: Path
+    paths: list[Path]
+    """Of its files, in order."""
     schema: Schema
     statistics: Statistics
 
@@ -84,41 +87,91 @@ class ClickLog:
 
 
 def write_click_log(config: LogConfig, path: Path) -> ClickLog:
-    """Makes the rows, and writes them as one Parquet file of encoded rows."""
+    """Makes the rows, and writes them as Parquet files of encoded rows, holding one row group at a time.
+
+    Args:
+        config: what to make.
+        path: of the file; where the rows are cut into several, their numbers stand before its suffix.
+    """
     schema = Schema.model_validate(config.features())
-    rng = np.random.default_rng(config.seed)
+    wanted = encoded_schema(schema)
     num_values = config.values_per_field
-    ids = {name: _zipf(rng, num_values, config.rows) for name in config.names}
-    columns: dict[str, Any] = {name: pa.array(values, pa.int32()) for name, values in ids.items()}
-    if config.sequence_length:
-        ids[HISTORY] = _zipf(rng, num_values, config.rows * config.sequence_length)
-        offsets = np.arange(config.rows + 1) * config.sequence_length
-        items = pa.array(ids[HISTORY], pa.int32())
-        columns[HISTORY] = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), items)
-    labels = (rng.random(config.rows) < CLICK_RATE).astype(np.float32)
-    columns |= {LABEL: pa.array(labels), ROW_ID: pa.array(np.arange(config.rows))}
-    table = pa.table(columns).select(encoded_schema(schema).names).cast(encoded_schema(schema))
+    counts = {field.name: np.zeros(NUM_RESERVED_IDS + num_values, np.int64) for field in schema.fields}
+    num_clicks = 0
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, path, row_group_size=config.rows_per_group, compression="zstd")
+    paths = _paths(config, path)
+    for number, file in enumerate(paths):
+        first, last = number * config.rows_per_file, min((number + 1) * config.rows_per_file, config.rows)
+        with pq.ParquetWriter(file, wanted, compression="zstd") as writer:
+            for start in range(first, last, config.rows_per_group):
+                rows = _Rows(config, range(start, min(start + config.rows_per_group, last)))
+                writer.write_table(pa.table(rows.columns).select(wanted.names).cast(wanted))
+                num_clicks += rows.num_clicks
+                for name, ids in rows.ids.items():
+                    counts[name] += np.bincount(ids, minlength=len(counts[name]))
     fields = {
-        field.name: _count(field.name, field.table_name, ids[field.name], num_values)
-        for field in schema.fields
+        field.name: _statistics(field.name, field.table_name, counts[field.name]) for field in schema.fields
     }
-    return ClickLog(config, path, schema, Statistics(config.rows, int(labels.sum()), fields))
+    return ClickLog(config, paths, schema, Statistics(config.rows, num_clicks, fields))
 
 
-def _zipf(rng: np.random.Generator, num_values: int, count: int) -> NDArray[np.int64]:
-    """[count] ids with P(rank k) ~ 1/k, frequent ones scattered over the table as hashing does."""
-    rank = np.exp(rng.random(count) * np.log(num_values + 1)).astype(np.int64) - 1
+def _paths(config: LogConfig, path: Path) -> list[Path]:
+    num_files = -(-config.rows // config.rows_per_file)
+    if num_files == 1:
+        return [path]
+    return [path.with_name(f"{path.stem}-{number:05d}{path.suffix}") for number in range(num_files)]
+
+
+class _Rows:
+    """Some rows of a log: the same ones, whatever they are made together with.
+
+    One stream of random numbers holds the column of each field, one behind the other, and then the labels.
+    """
+
+    def __init__(self, config: LogConfig, rows: range) -> None:
+        num_values = config.values_per_field
+        self.ids: dict[str, NDArray[np.int64]] = {}
+        """By field."""
+        for number, name in enumerate(config.names):
+            random = _uniform(config.seed, number * config.rows + rows.start, len(rows))
+            self.ids[name] = _zipf(random, num_values)
+        self.columns: dict[str, Any] = {
+            name: pa.array(values, pa.int32()) for name, values in self.ids.items()
+        }
+        behind = config.fields * config.rows
+        if length := config.sequence_length:
+            random = _uniform(config.seed, behind + rows.start * length, len(rows) * length)
+            self.ids[HISTORY] = _zipf(random, num_values)
+            offsets = pa.array(np.arange(len(rows) + 1) * length, pa.int32())
+            self.columns[HISTORY] = pa.ListArray.from_arrays(offsets, pa.array(self.ids[HISTORY], pa.int32()))
+        behind += config.sequence_length * config.rows
+        labels = (_uniform(config.seed, behind + rows.start, len(rows)) < CLICK_RATE).astype(np.float32)
+        self.num_clicks = int(labels.sum())
+        self.columns |= {LABEL: pa.array(labels), ROW_ID: pa.array(np.arange(rows.start, rows.stop))}
+
+
+def _uniform(seed: int, start: int, count: int) -> NDArray[np.float64]:
+    """[count] numbers of the seed's stream of random ones, from `start` on."""
+    return np.random.Generator(np.random.PCG64(seed).advance(start)).random(count)
+
+
+def _zipf(random: NDArray[np.float64], num_values: int) -> NDArray[np.int64]:
+    """Ids with P(rank k) ~ 1/k, frequent ones scattered over the table as hashing does.
+
+    Args:
+        random: equally likely numbers from 0 to 1.
+        num_values: distinct ids.
+    """
+    rank = np.exp(random * np.log(num_values + 1)).astype(np.int64) - 1
     return NUM_RESERVED_IDS + np.minimum(rank, num_values - 1) * _SCATTER % num_values
 
 
-def _count(name: str, table: str, ids: NDArray[np.int64], num_values: int) -> FieldStatistics:
-    counts = np.bincount(ids, minlength=NUM_RESERVED_IDS + num_values)
-    shares = counts[counts > 0] / len(ids)
+def _statistics(name: str, table: str, counts: NDArray[np.int64]) -> FieldStatistics:
+    num_values = int(counts.sum())
+    shares = counts[counts > 0] / num_values
     return FieldStatistics(
         name=name,
-        num_values=len(ids),
+        num_values=num_values,
         num_missing=0,
         num_out_of_vocabulary=0,
         cardinality=len(shares),

@@ -5,7 +5,7 @@ import os
 import platform
 import subprocess
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
 from importlib.metadata import version
@@ -118,14 +118,29 @@ class Provenance:
 
 
 def write_results(directory: Path, name: str, result: Result, made: Provenance) -> list[Path]:
-    """Writes `NAME.json` and `NAME.md`, and prints the latter; returns their paths."""
+    """Writes and prints what was found for a scenario; see `write_page`."""
+    return write_page(directory, name, as_json(name, result, made), page(name, result), made)
+
+
+def write_page(
+    directory: Path, name: str, numbers: Mapping[str, Any], lines: Iterable[str], made: Provenance
+) -> list[Path]:
+    """Writes `NAME.json` and `NAME.md`, and prints the latter; returns their paths.
+
+    Args:
+        directory: where to.
+        name: of both files.
+        numbers: for the first.
+        lines: of the second, without what it was made on.
+        made: what it was made on.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    numbers, table = directory / f"{name}.json", directory / f"{name}.md"
-    numbers.write_text(json.dumps(as_json(name, result, made), indent=1) + "\n", encoding="utf-8")
-    text = "\n".join([*page(name, result), "", *_wrapped(made.sentence())]) + "\n"
-    table.write_text(text, encoding="utf-8")
+    json_path, page_path = directory / f"{name}.json", directory / f"{name}.md"
+    json_path.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    text = "\n".join([*lines, "", *wrapped(made.sentence())]) + "\n"
+    page_path.write_text(text, encoding="utf-8")
     print(text)
-    return [numbers, table]
+    return [json_path, page_path]
 
 
 def as_json(name: str, result: Result, made: Provenance) -> dict[str, Any]:
@@ -154,14 +169,14 @@ def page(name: str, result: Result) -> Iterator[str]:
     scenario = result.scenario
     yield f"# {name}"
     yield ""
-    yield from _wrapped(scenario.question)
+    yield from wrapped(scenario.question)
     if scenario.goal:
         yield ""
-        yield from _wrapped(f"Goal: {scenario.goal}")
+        yield from wrapped(f"Goal: {scenario.goal}")
     yield ""
     yield from Table(_HEADING, [_row(result, variant) for variant in result.summaries]).markdown()
     yield ""
-    yield from _wrapped(
+    yield from wrapped(
         f"Ratio: time of a step relative to the variant beside it, the median of {scenario.repeats} repeats "
         f"in each of which every variant had its turn. A repeat counts with the {scenario.typical} of its "
         "steps, and `step ms` and samples/s are the median of these. P50, P90 and P99 are of single steps, "
@@ -171,7 +186,7 @@ def page(name: str, result: Result) -> Iterator[str]:
         yield ""
         yield from Table(_BOUNDS, [_bound_row(result, variant) for variant in result.bounds]).markdown()
         yield ""
-        yield from _wrapped(
+        yield from wrapped(
             "Limits, measured in the same repeats: the bytes a second that a plain gather of a batch's rows "
             "reads from one table as large as all, and float32 products of square matrices. Bound: the "
             "operations of a step's matrix products at the one rate, and after them three passes over its "
@@ -211,5 +226,6 @@ def _row(result: Result, name: str) -> list[str]:
     ]
 
 
-def _wrapped(text: str) -> list[str]:
+def wrapped(text: str) -> list[str]:
+    """Lines of a paragraph."""
     return textwrap.wrap(text, _WIDTH, break_on_hyphens=False)

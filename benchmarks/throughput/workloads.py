@@ -8,6 +8,7 @@ from itertools import cycle, islice
 from pathlib import Path
 
 import pyarrow.parquet as pq
+from torchrec.optim.keyed import KeyedOptimizer
 
 from benchmarks.throughput.bare_loop import BareLoop
 from benchmarks.throughput.before import AsBefore, Workload
@@ -30,7 +31,7 @@ from hetegen_rec.training.checkpoint import Checkpoints
 from hetegen_rec.training.checkpoint_writer import CheckpointWriter
 from hetegen_rec.training.logs import RunLog
 from hetegen_rec.training.progress import StageProgress
-from hetegen_rec.training.setup import build_sharded, rows_per_step
+from hetegen_rec.training.setup import ShardedModel, build_sharded, rows_per_step
 from hetegen_rec.training.state import StageState
 from hetegen_rec.training.trainer import Trainer
 
@@ -142,20 +143,22 @@ class ArrowDecode:
     """Arrow decoding the same columns in one thread: what a reader cannot be faster than in one."""
 
     def __init__(self, log: ClickLog, batch_size: int) -> None:
-        self._path, self._columns, self._batch_size = log.path, log.encoded_columns, batch_size
+        self._log, self._batch_size = log, batch_size
 
     def turn(self) -> Turn:
-        """Decodes the whole file; the time of a row group counts for the batches that it holds."""
+        """Decodes the whole log; the time of a row group counts for the batches that it holds."""
         seconds: list[float] = []
+        columns = self._log.encoded_columns
         cpu = time.process_time()
-        with pq.ParquetFile(self._path) as file:
-            for group in range(file.num_row_groups):
-                start = time.perf_counter()
-                rows = file.read_row_group(group, columns=self._columns, use_threads=False).num_rows
-                batches = rows / self._batch_size
-                seconds.append((time.perf_counter() - start) / batches)
-            cpu = time.process_time() - cpu
-            return Turn(seconds, cpu * self._batch_size / file.metadata.num_rows)
+        for path in self._log.paths:
+            with pq.ParquetFile(path) as file:
+                for group in range(file.num_row_groups):
+                    start = time.perf_counter()
+                    rows = file.read_row_group(group, columns=columns, use_threads=False).num_rows
+                    batches = rows / self._batch_size
+                    seconds.append((time.perf_counter() - start) / batches)
+        cpu = time.process_time() - cpu
+        return Turn(seconds, cpu * self._batch_size / self._log.config.rows)
 
 
 def open_workload(
@@ -187,48 +190,73 @@ def _open(
     reader = open_reader(config, log, runtime)
     if case.measure == "reader":
         return ReaderAlone(reader)
-    model = build_sharded(config, case.stage, log.statistics, runtime)
-    budget = config.stage(case.stage)
-    optimizer = make_optimizer(
-        model.dmp, budget, config.train.table_optimizer, config.model.balance.learning_rate
-    )
     if case.measure == "bare":
+        model, optimizer = _build(case, log, runtime)
         made = MadeBatches(reader, steps + FILLING_STEPS)
         return Bare(BareLoop(model, optimizer, runtime), made)
     source = reader if case.measure == "end_to_end" else MadeBatches(reader, steps + FILLING_STEPS)
     watched = WatchedSource(source)
+    trainer = open_trainer(case, log, (watched, reader), directory, stack, runtime, StopRequest())
+    return Training(trainer, watched)
+
+
+def open_trainer(
+    case: Case,
+    log: ClickLog,
+    readers: tuple[BatchSource, Reader],
+    directory: Path,
+    stack: ExitStack,
+    runtime: Runtime,
+    stop: StopRequest,
+) -> Trainer:
+    """The trainer of a stage before its first step. A collective.
+
+    Args:
+        case: stage and configuration.
+        log: its statistics decide how large the tables are.
+        readers: of the rows to train on, and of those to evaluate.
+        directory: for logs and checkpoints, of which the newest stays.
+        stack: closes what was opened.
+        runtime: this process's view of the job.
+        stop: what asks it to stop.
+    """
+    config = case.config
+    model, optimizer = _build(case, log, runtime)
     checkpoints = Checkpoints(str(directory / "checkpoints"), runtime, "benchmark")
-    stop = StopRequest()
-    trainer = Trainer(
+    run_log = RunLog(
+        directory, 0, is_evaluated=False, enabled=runtime.is_main, tensorboard=config.train.tensorboard
+    )
+    return Trainer(
         config,
         case.stage,
         model,
         optimizer,
         log.statistics,
-        (watched, reader),
+        readers,
         StageState(),
         CheckpointWriter(checkpoints, runtime, keep=1, failed_writes_allowed=0),
-        stack.enter_context(
-            RunLog(
-                directory,
-                0,
-                is_evaluated=False,
-                enabled=runtime.is_main,
-                tensorboard=config.train.tensorboard,
-            )
-        ),
+        stack.enter_context(run_log),
         stop,
         Watchdog(config.distributed.timeout_seconds, runtime.rank, directory / "stacks.txt", stop),
         runtime,
     )
-    return Training(trainer, watched)
+
+
+def _build(case: Case, log: ClickLog, runtime: Runtime) -> tuple[ShardedModel, KeyedOptimizer]:
+    config = case.config
+    model = build_sharded(config, case.stage, log.statistics, runtime)
+    budget = config.stage(case.stage)
+    optimizer = make_optimizer(
+        model.dmp, budget, config.train.table_optimizer, config.model.balance.learning_rate
+    )
+    return model, optimizer
 
 
 def open_reader(config: RunConfig, log: ClickLog, runtime: Runtime) -> Reader:
     """The reader of training rows, as `open_split` sets it up for prepared ones."""
     batcher = Batcher(log.schema, log.statistics)
     return Reader(
-        list_row_groups([str(log.path)]),
+        list_row_groups([str(path) for path in log.paths]),
         batcher,
         rank=runtime.rank,
         world_size=runtime.world_size,

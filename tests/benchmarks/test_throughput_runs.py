@@ -3,6 +3,8 @@ import subprocess
 import sys
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from multirank import run_ranks
 
@@ -90,3 +92,15 @@ def test_the_rows_follow_from_the_seed_and_the_statistics_count_them(tmp_path):
     assert log.statistics.fields["history"].counts.sum() == 15_000
     # Zipf: the most frequent of 100 ids has 1 / log2(101) of all.
     assert counts.max() / 5_000 == pytest.approx(np.log(2) / np.log(101), abs=0.03)
+
+
+def test_the_rows_are_the_same_in_however_many_files_and_row_groups(tmp_path):
+    config = LogConfig(fields=2, table_rows=200, sequence_length=3, rows=1_000)
+    log = write_click_log(config, tmp_path / "log.parquet")
+    cut = config.model_copy(update={"rows_per_group": 70, "rows_per_file": 300})
+    parts = write_click_log(cut, tmp_path / "cut" / "log.parquet")
+    assert [path.name for path in parts.paths] == [f"log-0000{number}.parquet" for number in range(4)]
+    assert pq.ParquetFile(parts.paths[0]).num_row_groups == 5
+    rows = pa.concat_tables(map(pq.read_table, parts.paths))
+    assert rows.equals(pq.read_table(log.paths[0]))
+    assert parts.statistics.fingerprint == log.statistics.fingerprint

@@ -49,7 +49,7 @@ def fuxictr_settings(case: Case, log: ClickLog, steps: int, directory: Path) -> 
         "model": config.model.backbone.name,
         "fields": log.config.names,
         "label": LABEL,
-        "rows": str(log.path),
+        "rows": [str(path) for path in log.paths],
         "table_rows": _largest_table(log.statistics),
         "dim": config.model.dim,
         "hidden": list(config.model.backbone.hidden),
