@@ -21,6 +21,7 @@ TABLES = {
     "segment": {"sharding": "grid_shard"},
     "intent": {"sharding": "data_parallel"},
     "price": {"sharding": "column_wise"},
+    "tags": {"sharding": "table_column_wise"},
 }
 
 
