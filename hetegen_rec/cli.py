@@ -139,6 +139,7 @@ def _parser_of(verb: str) -> argparse.ArgumentParser:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.max_steps=4")
     parser.set_defaults(stage=None, checkpoint=None, split="test", input=[], output=None)
     parser.set_defaults(fresh=False, accept_changes=False, with_report=True, delta_from=None, triton=None)
+    parser.set_defaults(rehearse=None)
     if verb in ("pretrain", "finetune", "joint", "scratch", "demo"):
         _add_training_options(parser)
     if verb == "incremental":
@@ -212,6 +213,13 @@ def _add_plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", dest="output", metavar="DIR", help="where the plan goes (default: plan/ in the run's)"
     )
+    parser.add_argument(
+        "--rehearse",
+        type=int,
+        metavar="FACTOR",
+        help="then train two steps on as many gloo ranks of this machine, laid out as planned, with the rows "
+        "of tables divided by this",
+    )
     parser.epilog = (
         "world=2x8 and hardware=h100 are short for plan.world and plan.hardware: hosts and ranks per host, "
         "and a shipped profile (h100, h200, a100, cpu) or a YAML file like theirs"
@@ -255,6 +263,7 @@ def _run(verb: str, options: argparse.Namespace) -> int:
                 with_report=options.with_report,
                 delta_from=options.delta_from,
                 triton=options.triton,
+                rehearse=options.rehearse,
             )
             with show_log(runtime.rank):
                 return _run_job(VERBS[verb][0], job)

@@ -15,12 +15,13 @@ from hetegen_rec.config.run import CLICK_STAGES, GENERATIVE_STAGES, RunConfig, S
 from hetegen_rec.data.prepare import encode_files
 from hetegen_rec.data.reader import Reader
 from hetegen_rec.data.statistics import Statistics
-from hetegen_rec.distributed.runtime import Runtime
+from hetegen_rec.distributed.runtime import DistributedError, Runtime
 from hetegen_rec.evaluation.capacity import capacity_tables
 from hetegen_rec.evaluation.capacity_page import write_capacity
 from hetegen_rec.evaluation.incremental import results_table as incremental_table
 from hetegen_rec.evaluation.incremental import write_page
 from hetegen_rec.evaluation.predictions import Predictions
+from hetegen_rec.evaluation.rehearsal import rehearsal_tables, write_rehearsal
 from hetegen_rec.evaluation.report import write_report
 from hetegen_rec.evaluation.results import (
     FieldReconstruction,
@@ -42,6 +43,7 @@ from hetegen_rec.training.checkpoint import CheckpointInfo, Checkpoints
 from hetegen_rec.training.held_out import measure_reconstruction
 from hetegen_rec.training.incremental import open_sequence, sequence_dir
 from hetegen_rec.training.progress import RowsProgress
+from hetegen_rec.training.rehearsal import check_rehearsal, rehearse
 from hetegen_rec.training.scoring import (
     measure,
     open_scorer,
@@ -78,6 +80,8 @@ class Job:
     """Write the run's report.html after training and evaluation."""
     delta_from: str | None = None
     """The artifact that an export should only tell the changes of."""
+    rehearse: int | None = None
+    """What to divide the rows of tables by, to try a plan on ranks of this machine; default: do not."""
     triton: str | None = None
     """Model repository of a Triton server that an exported artifact also goes to."""
 
@@ -86,11 +90,19 @@ def plan(job: Job) -> None:
     """Plans a stage for the cluster of `plan`, and says what its steps would need there."""
     if job.runtime.world_size > 1:
         raise ConfigError("`plan` is the work of one process; the ranks to plan for are plan.world")
-    found = plan_capacity(job.config, job.stage or "pretrain")
+    if job.rehearse is not None:
+        check_rehearsal(job.rehearse)
+    planned = plan_capacity(job.config, job.stage or "pretrain")
     directory = Path(job.output) if job.output is not None else Path(job.config.run_dir) / "plan"
-    write_capacity(found, directory)
-    terminal.results().print(capacity_tables(found))
+    write_capacity(planned.report, directory)
+    terminal.results().print(capacity_tables(planned.report))
     terminal.results().print(f"plan: {directory / 'plan.html'}")
+    if job.rehearse is not None:
+        found = rehearse(job.config, planned, job.rehearse)
+        write_rehearsal(found, directory)
+        terminal.results().print(rehearsal_tables(found))
+        if found.problems:
+            raise DistributedError(f"the rehearsal went wrong: {'; '.join(found.problems)}")
 
 
 def prepare_data(job: Job) -> None:

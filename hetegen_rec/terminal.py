@@ -57,12 +57,16 @@ def quiet_libraries() -> None:
     for message in (
         "`broadcast_buffers` is deprecated",
         "Please use DTensor instead",
-        ".*reduce_scatter_tensor.* is deprecated",
+        ".*(reduce_scatter|all_gather_into)_tensor.* is deprecated",
         ".*treespec, LeafSpec.* is deprecated",
     ):
         warnings.filterwarnings("ignore", message, FutureWarning)
+    warnings.filterwarnings("ignore", "fbgemm::dense_embedding_codegen", UserWarning)
     # "is_fx_tracing will return true for both ..."
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
+    # Which ranks share a host, and that replicated tables need no cache: as warnings, on every rank.
+    for name in ("comm", "utils"):
+        logging.getLogger(f"torchrec.distributed.{name}").setLevel(logging.ERROR)
 
 
 def _console(*, stderr: bool) -> Console:

@@ -30,10 +30,14 @@ def expected_statistics(schema: Schema, expected_values: Mapping[str, int]) -> S
             f"`hetegen prepare` has counted; set plan.expected_values.{unknown[0]}{' and so on' * several}, "
             "take `vocabulary: hash` with a `hash_size`, or prepare first"
         )
-    fields = {}
-    for field in schema.fields:
-        num_values = _num_values(schema.field(field.table_name), expected_values) or 0
-        fields[field.name] = _of_field(field, num_values)
+    return sized_statistics(
+        schema, {owner.name: _num_values(owner, expected_values) or 0 for owner in schema.table_owners}
+    )
+
+
+def sized_statistics(schema: Schema, num_values: Mapping[str, int]) -> Statistics:
+    """The same of tables whose numbers of distinct values are given, by the field that owns them."""
+    fields = {field.name: _of_field(field, num_values[field.table_name]) for field in schema.fields}
     return Statistics(num_rows=1, num_positives=0, fields=fields)
 
 

@@ -31,7 +31,8 @@ _DENSE: dict[TableOptimizer, type[torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
     "adam": torch.optim.Adam,
 }
-_ON_CPU: tuple[TableOptimizer, ...] = ("rowwise_adagrad", "adagrad", "sgd")
+ON_CPU: tuple[TableOptimizer, ...] = ("rowwise_adagrad", "adagrad", "sgd")
+"""Those that CPU kernels know."""
 
 
 def attach_table_optimizer(
@@ -55,9 +56,9 @@ def attach_table_optimizer(
     Raises:
         ConfigError: the device's kernels lack this optimizer.
     """
-    if device_type == "cpu" and name not in _ON_CPU:
+    if device_type == "cpu" and name not in ON_CPU:
         raise ConfigError(
-            f"train.table_optimizer: {name} has no CPU kernel; use one of {', '.join(_ON_CPU)}, or "
+            f"train.table_optimizer: {name} has no CPU kernel; use one of {', '.join(ON_CPU)}, or "
             "distributed.device: cuda"
         )
     settings = _settings(name, stage)

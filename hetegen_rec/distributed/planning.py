@@ -21,7 +21,7 @@ from torchrec.distributed.planner.types import (
     TrainerConfig,
 )
 from torchrec.distributed.types import ShardingPlan
-from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 
 from hetegen_rec.config.run import DistributedConfig, TableConfig
 from hetegen_rec.distributed.runtime import Runtime
@@ -270,6 +270,7 @@ def _constrain(
                 f"choose among {', '.join(offered)}"
             )
     kinds: list[str] = list(wanted.sharding) or _default_kinds(table, cluster)
+    kinds = _without_lost_means(kinds, table, key)
     kinds = _without_empty_shards(kinds, table, key, cluster)
     if wanted.kernel is not None:
         _check_kernel(wanted.kernel, key, kinds, cluster, sharder)
@@ -298,6 +299,20 @@ def _default_kinds(table: EmbeddingBagConfig, cluster: Cluster) -> list[str]:
     ):
         kinds.append("table_row_wise")
     return kinds
+
+
+def _without_lost_means(kinds: Sequence[str], table: EmbeddingBagConfig, key: str) -> list[str]:
+    """The kinds that average lists: TorchRec 1.8 adds up what `grid_shard` cut, and does not divide it."""
+    kept = [kind for kind in kinds if kind != "grid_shard"] if table.pooling == PoolingType.MEAN else [*kinds]
+    if kept:
+        return kept
+    if key != "default":
+        raise PlanningError(
+            f"distributed.tables.{key}.sharding: grid_shard would add up the lists of {table.name} instead "
+            "of averaging them, a fault of TorchRec; use column_wise, or row_wise"
+        )
+    logger.info("table %s averages lists, which grid_shard does not: table_wise", table.name)
+    return ["table_wise"]
 
 
 def _without_empty_shards(

@@ -218,7 +218,7 @@ def seconds_to_stop() -> int:
 
 
 def environment_of_rank(
-    rank: int, world_size: int, port: int, job_id: str, restart_count: int
+    rank: int, world_size: int, port: int, job_id: str, restart_count: int, local_size: int | None = None
 ) -> dict[str, str]:
     """The environment from which a rank of a job on this host reads its place, as torchrun sets it.
 
@@ -228,10 +228,11 @@ def environment_of_rank(
         port: of the launcher's key-value store, which outlives the ranks.
         job_id: name of the job.
         restart_count: how often ranks were started before.
+        local_size: of these hosts, all of which are this one, the ranks of each; default: one host.
     """
-    place = dict(
-        zip(_LAUNCHER_VARIABLES, (rank, world_size, rank, world_size, "localhost", port), strict=True)
-    )
+    local_size = local_size or world_size
+    of_rank = (rank, world_size, rank % local_size, local_size, "localhost", port)
+    place = dict(zip(_LAUNCHER_VARIABLES, of_rank, strict=True))
     return {
         **os.environ,
         **{name: str(value) for name, value in place.items()},
@@ -239,6 +240,12 @@ def environment_of_rank(
         "TORCHELASTIC_RUN_ID": job_id,
         "TORCHELASTIC_RESTART_COUNT": str(restart_count),
     }
+
+
+def take_environment(environment: dict[str, str]) -> None:
+    """Gives this process an environment in the place of its own, before it starts its runtime."""
+    os.environ.clear()
+    os.environ.update(environment)
 
 
 def _read_place() -> dict[str, int]:

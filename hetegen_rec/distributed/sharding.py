@@ -129,6 +129,12 @@ def initial_rows(table: str, start: int, stop: int, dim: int, seed: int, std: fl
     return rows
 
 
+def initial_vectors(table: str, ids: torch.Tensor, dim: int, seed: int, std: float) -> torch.Tensor:
+    """[len(ids), dim]: what `init_tables` fills the rows of these ids with."""
+    cells = ids[:, None] * dim + torch.arange(dim)  # the index in the whole table
+    return std * _normal(mix64_torch(cells, salt_of(f"{seed}/{table}")))
+
+
 def _fill_normal(shard: torch.Tensor, offsets: tuple[int, int], dim: int, salt: int, std: float) -> None:
     """Fills one shard, whose first cell is at `offsets` of a table `dim` wide, in bounded memory."""
     rows, columns = shard.shape

@@ -4,6 +4,8 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+from torchrec.distributed.types import ShardingPlan
+
 from hetegen_rec.config.errors import ConfigError
 from hetegen_rec.config.hardware import HardwareProfile, load_hardware
 from hetegen_rec.config.plan import World
@@ -47,7 +49,17 @@ class _Run:
     loads: list[TableLoad]
 
 
-def plan_capacity(config: RunConfig, stage: Stage) -> CapacityReport:
+@dataclass(frozen=True)
+class CapacityPlan:
+    """A stage laid out for a cluster."""
+
+    stage: Stage
+    report: CapacityReport
+    sharding: ShardingPlan
+    """Where each table goes there."""
+
+
+def plan_capacity(config: RunConfig, stage: Stage) -> CapacityPlan:
     """Plans the tables of a stage for `plan.world` ranks on `plan.hardware`, and estimates its steps.
 
     Table sizes come from prepared data where there are any for this schema, else from the schema.
@@ -60,10 +72,10 @@ def plan_capacity(config: RunConfig, stage: Stage) -> CapacityReport:
     rows = _rows_per_rank(config, world, profile)
     statistics, source = _statistics(config)
     run = _describe(config, stage, statistics, world, profile)
-    setting, lines = _plan(run, rows)
+    setting, lines, sharding = _plan(run, rows)
     memory = memory_by_rank(setting, rows)
     largest = _largest_rows(run, setting)
-    return CapacityReport(
+    report = CapacityReport(
         run=config.name,
         stage=stage,
         hardware=config.plan.hardware,
@@ -85,6 +97,7 @@ def plan_capacity(config: RunConfig, stage: Stage) -> CapacityReport:
         largest_batch=largest * world.size,
         time_of_largest=step_time(setting, largest) if largest else None,
     )
+    return CapacityPlan(stage, report, sharding)
 
 
 def table_loads(schema: Schema, statistics: Statistics, model_dim: int) -> list[TableLoad]:
@@ -141,7 +154,7 @@ def _describe(
     return _Run(config, world, profile, model, footprint, loads)
 
 
-def _plan(run: _Run, rows: int) -> tuple[Setting, list[PlannedTable]]:
+def _plan(run: _Run, rows: int) -> tuple[Setting, list[PlannedTable], ShardingPlan]:
     """The plan for so many rows a rank, with what its costs depend on."""
     config, profile = run.config, run.profile
     cluster = cluster_of(profile, run.world, config.distributed)
@@ -161,7 +174,7 @@ def _plan(run: _Run, rows: int) -> tuple[Setting, list[PlannedTable]]:
         forward=config.distributed.forward_precision,
         backward=config.distributed.backward_precision,
     )
-    return setting, plan_summary(plan, run.model)
+    return setting, plan_summary(plan, run.model), plan
 
 
 def _row_bytes(schema: Schema, loads: list[TableLoad]) -> float:
@@ -176,7 +189,7 @@ def _largest_rows(run: _Run, setting: Setting) -> int:
     rows = largest_rows(lambda count: fits(setting, memory_by_rank(setting, count)))
     while rows:
         try:
-            planned, _ = _plan(run, rows)
+            planned, *_ = _plan(run, rows)
         except PlanningError:
             pass
         else:

@@ -9,9 +9,12 @@ import torch
 from numpy.typing import NDArray
 from rich.table import Table
 from torchrec.distributed import DistributedModelParallel
+from torchrec.distributed.train_pipeline import TrainPipelineBase, TrainPipelineSparseDist
+from torchrec.distributed.types import ShardingPlan
+from torchrec.optim.keyed import KeyedOptimizer
 
 from hetegen_rec.config.data import Split
-from hetegen_rec.config.run import RunConfig, Stage
+from hetegen_rec.config.run import RunConfig, Stage, TrainConfig
 from hetegen_rec.data.batching import Batcher
 from hetegen_rec.data.encoding import Encoder
 from hetegen_rec.data.raw import list_row_groups
@@ -38,8 +41,22 @@ class ShardedModel:
     plan: list[PlannedTable]
 
 
-def build_sharded(config: RunConfig, stage: Stage, statistics: Statistics, runtime: Runtime) -> ShardedModel:
-    """Builds, plans and shards the model of a stage. A collective."""
+def build_sharded(
+    config: RunConfig,
+    stage: Stage,
+    statistics: Statistics,
+    runtime: Runtime,
+    plan: ShardingPlan | None = None,
+) -> ShardedModel:
+    """Builds, plans and shards the model of a stage. A collective.
+
+    Args:
+        config: the run.
+        stage: which one.
+        statistics: sizes of the tables, among others.
+        runtime: this process's view of the job.
+        plan: one that was made before; default: the ranks agree on one.
+    """
     stage_config = config.stage(stage)
     model = build_model(
         config.features,
@@ -56,8 +73,9 @@ def build_sharded(config: RunConfig, stage: Stage, statistics: Statistics, runti
         stage_config,
         runtime.device.type,
     )
-    rows_per_rank = rows_per_step(config, runtime) // runtime.world_size
-    plan = agree_on_plan(runtime, model, config.distributed, rows_per_rank)
+    if plan is None:
+        rows_per_rank = rows_per_step(config, runtime) // runtime.world_size
+        plan = agree_on_plan(runtime, model, config.distributed, rows_per_rank)
     planned = plan_summary(plan, model)
     network = model.network.to(runtime.device)
     dmp = shard_model(model, plan, runtime, config.distributed)
@@ -65,6 +83,14 @@ def build_sharded(config: RunConfig, stage: Stage, statistics: Statistics, runti
     # Sharding draws random numbers too; dropout must not depend on the plan, and must differ by rank.
     torch.manual_seed(config.seed + runtime.rank)
     return ShardedModel(dmp, network, planned)
+
+
+def make_pipeline(
+    dmp: DistributedModelParallel, optimizer: KeyedOptimizer, config: TrainConfig, device: torch.device
+) -> TrainPipelineBase | TrainPipelineSparseDist:
+    """What takes the steps."""
+    kind = TrainPipelineSparseDist if config.pipeline == "sparse_dist" else TrainPipelineBase
+    return kind(dmp, optimizer, device)
 
 
 def rows_per_step(config: RunConfig, runtime: Runtime) -> int:

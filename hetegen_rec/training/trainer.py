@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torchrec.distributed.train_pipeline import TrainPipelineBase, TrainPipelineSparseDist
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.optim.keyed import KeyedOptimizer
 
 from hetegen_rec.config.run import RunConfig, Stage, StageConfig
@@ -30,7 +30,7 @@ from hetegen_rec.training.logs import RunLog
 from hetegen_rec.training.meter import Meter
 from hetegen_rec.training.progress import StageProgress
 from hetegen_rec.training.scoring import measure, score_rows
-from hetegen_rec.training.setup import ShardedModel
+from hetegen_rec.training.setup import ShardedModel, make_pipeline
 from hetegen_rec.training.state import StageState
 
 logger = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ class Trainer:
         budget = self.stage_config
         self.rates = LearningRates(optimizer, self.total_steps, budget.warmup, budget.decay)
         self.rates.load_state_dict({"step": state.step})
-        self._pipeline = self._make_pipeline()
+        self._pipeline = make_pipeline(model.dmp, self.guard.gated(optimizer), config.train, runtime.device)
         self._meter = Meter()
         self._agreement = Agreement(runtime)
         self._batches: Iterator[Batch] | None = None
@@ -346,10 +346,6 @@ class Trainer:
             else:
                 self.writer.save(state.step, self.model.dmp, self.optimizer, metadata, best)
         self._saved_step = state.step
-
-    def _make_pipeline(self) -> TrainPipelineBase | TrainPipelineSparseDist:
-        kind = TrainPipelineSparseDist if self.config.train.pipeline == "sparse_dist" else TrainPipelineBase
-        return kind(self.model.dmp, self.guard.gated(self.optimizer), self.runtime.device)
 
 
 class _Stopped(Exception):

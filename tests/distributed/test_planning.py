@@ -2,10 +2,12 @@ import json
 from typing import Any
 
 import pytest
+import torch
 from multirank import run_ranks
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, PoolingType
 from toy_model import Toy
 
-from hetegen_rec.config.run import DistributedConfig, StageConfig, TableConfig
+from hetegen_rec.config.run import DistributedConfig, ShardingKind, StageConfig, TableConfig
 from hetegen_rec.distributed.optimizers import attach_table_optimizer
 from hetegen_rec.distributed.planning import (
     Cluster,
@@ -72,6 +74,34 @@ def test_a_small_table_cut_into_rows_by_name_is_refused() -> None:
     config = _config(item=TableConfig(sharding=("row_wise",)))
     with pytest.raises(PlanningError, match=r"distributed\.tables\.item\.sharding: row_wise cuts the 2 rows"):
         _place(2, 3, config)
+
+
+def _pooled(key: str, *kinds: ShardingKind) -> str:
+    """Where a table that averages lists goes."""
+    ebc = EmbeddingBagCollection(
+        device=torch.device("meta"),
+        tables=[
+            EmbeddingBagConfig(
+                name="tags",
+                num_embeddings=100,
+                embedding_dim=8,
+                feature_names=["tags"],
+                pooling=PoolingType.MEAN,
+            )
+        ],
+    )
+    attach_table_optimizer(ebc, "rowwise_adagrad", StageConfig(), "cpu")
+    model = torch.nn.ModuleDict({"ebc": ebc})
+    config = _config(**{key: TableConfig(sharding=kinds)})
+    (line,) = plan_summary(make_plan(model, config, Cluster("cpu", 4, 2, 64 * GB), 256), model)
+    return line.sharding
+
+
+def test_lists_are_not_averaged_where_torchrec_adds_them_up() -> None:
+    assert _pooled("tags", "grid_shard", "row_wise") == "row_wise"
+    assert _pooled("default", "grid_shard") == "table_wise"
+    with pytest.raises(PlanningError, match=r"distributed\.tables\.tags\.sharding: grid_shard would add up"):
+        _pooled("tags", "grid_shard")
 
 
 def test_column_wise_cuts_narrow_tables_too() -> None:

@@ -1,20 +1,17 @@
 """Predicted bytes between ranks: against those that TorchRec hands to gloo in a real step, and by hand."""
 
-import inspect
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from multirank import run_ranks
 from toy_model import DIM, GLOBAL_ROWS, KEYS, STAGE, Toy, rows_of
 
 from hetegen_rec.config.plan import World
 from hetegen_rec.config.run import DistributedConfig, TableConfig
+from hetegen_rec.distributed.counting import CountedCalls
 from hetegen_rec.distributed.optimizers import attach_table_optimizer
 from hetegen_rec.distributed.planning import agree_on_plan
 from hetegen_rec.distributed.runtime import start_runtime
@@ -34,61 +31,6 @@ PAIR = World(num_hosts=1, local_size=2)
 FOUR = World(num_hosts=2, local_size=2)
 
 
-class _Calls:
-    """Bytes that this rank hands to each rank, by collective, while it counts."""
-
-    def __init__(self, world_size: int) -> None:
-        self._size = world_size
-        self.ids = np.zeros(world_size)
-        self.vectors: list[list[float]] = []
-        """Of exchanges of looked-up rows and of gradients, in order."""
-
-    @contextmanager
-    def counted(self) -> Iterator[None]:
-        counters = {
-            "all_to_all_single": self._all_to_all,
-            "reduce_scatter_tensor": lambda call: self._alike(call, call["input"].nbytes, shared=True),
-            "all_gather_into_tensor": lambda call: self._alike(call, call["input_tensor"].nbytes),
-        }
-        before = {name: getattr(dist, name) for name in counters}
-        for name, count in counters.items():
-            setattr(dist, name, _calling(count, before[name]))
-        try:
-            yield
-        finally:
-            for name, function in before.items():
-                setattr(dist, name, function)
-
-    def _all_to_all(self, call: dict[str, Any]) -> None:
-        splits, tensor = call.get("input_split_sizes"), call["input"]
-        if splits is None:  # how much is to come, a number a tensor: not what is to come
-            return
-        sizes = self._by_rank(call, np.array(splits, dtype=float) * tensor.element_size())
-        if tensor.dtype in (torch.int32, torch.int64):
-            self.ids += sizes
-        else:
-            self.vectors.append(sizes.tolist())
-
-    def _alike(self, call: dict[str, Any], size: float, *, shared: bool = False) -> None:
-        peers = dist.get_world_size(call["group"])
-        self.vectors.append(self._by_rank(call, np.full(peers, size / peers if shared else size)).tolist())
-
-    def _by_rank(self, call: dict[str, Any], sizes: Any) -> Any:
-        found = np.zeros(self._size)
-        found[dist.get_process_group_ranks(call["group"])] = sizes
-        return found
-
-
-def _calling(count: Callable[[dict[str, Any]], None], function: Callable[..., Any]) -> Callable[..., Any]:
-    signature = inspect.signature(function)
-
-    def call(*positional: Any, **named: Any) -> Any:
-        count(signature.bind(*positional, **named).arguments)
-        return function(*positional, **named)
-
-    return call
-
-
 def _compare(sharding: Any, forward: Any, backward: Any, tables: dict[str, int] = TABLES) -> Any:
     """What one rank sends in a step, as predicted and as counted."""
     loads = [TableLoad(name, rows, DIM, len(KEYS[name]), len(KEYS[name])) for name, rows in tables.items()]
@@ -104,7 +46,7 @@ def _compare(sharding: Any, forward: Any, backward: Any, tables: dict[str, int] 
         model = shard_model(toy, plan, runtime, config)
         init_tables(model, seed=1, std=0.5)
         rows, _ = rows_of_tables(runtime.rank, tables)
-        calls = _Calls(2)
+        calls = CountedCalls(2)
         with calls.counted():
             model(rows).sum().backward()
         sent = exchange(blocks_of(plan, loads), PAIR, GLOBAL_ROWS // 2, forward, backward)
@@ -124,7 +66,7 @@ def _compare_on_two_hosts() -> Any:
         model = shard_model(toy, plan, runtime, config)
         init_tables(model, seed=1, std=0.5)
         rows, _ = rows_of_tables(rank, {"item": 128}, 4)
-        calls = _Calls(4)
+        calls = CountedCalls(4)
         with calls.counted():
             model(rows).sum().backward()
         sent = exchange(blocks_of(plan, [TableLoad("item", 128, DIM, 2, 2)]), FOUR, 3)
