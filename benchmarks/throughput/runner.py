@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmarks.throughput.arithmetic import Summary, summarise
 from benchmarks.throughput.before import Workload
 from benchmarks.throughput.click_log import ClickLog, LogConfig, write_click_log
-from benchmarks.throughput.jobs import share_first_cores, turn_of_job
+from benchmarks.throughput.jobs import keep_to_cores, slowest_turn_of_jobs
 from benchmarks.throughput.limits import Bound, Limits, LimitsProbe, combine, count_flops
 from benchmarks.throughput.page import Provenance, Result, write_results
 from benchmarks.throughput.scenario import Case, Scenario, cases_of, load_scenario
@@ -56,10 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _one_turn(scenario: Scenario, cases: Sequence[Case], name: str, path: str) -> int:
+def _one_turn(scenario: Scenario, cases: Sequence[Case], name: str, first_core: str, path: str) -> int:
     """What a job does for `run_jobs`: one turn of one variant, written to a file."""
     (case,) = (case for case in cases if case.name == name)
-    share_first_cores(case.ranks or 1)
+    keep_to_cores(int(first_core), case.ranks or 1)
     with start_runtime(case.config.distributed.device) as runtime, ExitStack() as stack:
         alone = scenario.model_copy(update={"repeats": 1, "limits": False})
         ((turn,),) = measure(alone, [case], stack, runtime)[0].values()
@@ -78,7 +78,7 @@ def _parse(given: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--repeats", type=_positive, help="rounds over all variants")
     parser.add_argument("--steps", type=_positive, help="timed steps of a variant in a round")
     parser.add_argument("--all", action="store_true", help="with the optional variants, which need much")
-    parser.add_argument("--turn", nargs=2, metavar=("VARIANT", "FILE"), help=argparse.SUPPRESS)
+    parser.add_argument("--turn", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--results", type=Path, help="directory; default: runs/benchmarks/SCENARIO")
     return parser.parse_intermixed_args(given)
 
@@ -99,7 +99,10 @@ def run(scenario: Scenario, cases: Sequence[Case], runtime: Runtime) -> Result:
 
 def run_jobs(scenario: Scenario, cases: Sequence[Case], given: Sequence[str]) -> Result:
     """Measures variants that have ranks of their own, interleaved: every turn is a job."""
-    turns_of = {case.name: partial(turn_of_job, case.name, case.ranks or 1, given) for case in cases}
+    turns_of = {
+        case.name: partial(slowest_turn_of_jobs, case.name, case.ranks or 1, case.jobs, given)
+        for case in cases
+    }
     return _result(scenario, cases, interleave(turns_of, scenario.repeats, 0), 1, {})
 
 

@@ -42,6 +42,9 @@ class Variant(Section):
     ranks: PositiveInt | None = None
     """Measured in jobs of their own with so many ranks of this host, each on a core of its own; all variants
     of a scenario, or none. Default: the ranks that the scenario runs on."""
+    jobs: PositiveInt = 1
+    """Where there are `ranks`: as many independent jobs of so many ranks side by side, of which the slowest
+    counts. What they lose to each other is the machine's limit, not that of ranks that talk."""
     optional: bool = False
     """Measured with `--all` only: it needs much memory or time."""
 
@@ -89,6 +92,9 @@ class Scenario(Section):
                 )
         if len({variant.ranks is None for variant in self.variants}) > 1:
             raise ValueError("`variants`: give `ranks` to all of them, or to none")
+        for variant in self.variants:
+            if variant.jobs > 1 and variant.ranks is None:
+                raise ValueError(f"`variants`, {variant.name!r}: `jobs: {variant.jobs}` needs `ranks`")
         for key in ("name", "run_dir", "features"):
             if key in self.config:
                 raise ValueError(f"`config.{key}` follows from `log`; remove it")
@@ -107,6 +113,7 @@ class Case:
     before: tuple[Part, ...]
     against: str
     ranks: int | None
+    jobs: int = 1
 
 
 def load_scenario(name_or_path: str) -> Scenario:
@@ -154,7 +161,7 @@ def _resolve(scenario: Scenario, variant: Variant, overrides: Sequence[str]) -> 
     measure = variant.measure or scenario.measure
     against = variant.against or scenario.variants[0].name
     before = tuple(variant.before)
-    return Case(variant.name, measure, stage, log, config, before, against, variant.ranks)
+    return Case(variant.name, measure, stage, log, config, before, against, variant.ranks, variant.jobs)
 
 
 def _filled(values: dict[str, Any], log: LogConfig, stage: Stage) -> dict[str, Any]:

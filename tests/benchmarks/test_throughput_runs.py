@@ -65,7 +65,7 @@ def test_two_ranks_leave_numbers_and_a_table(tmp_path):
 
 def test_variants_with_ranks_are_jobs_of_their_own(tmp_path):
     path = tmp_path / "ranks.yaml"
-    path.write_text("question: Does it run?\nrepeats: 1\nvariants: [{name: two, ranks: 2}]\n")
+    path.write_text("question: Does it run?\nrepeats: 1\nvariants: [{name: two, ranks: 2, jobs: 2}]\n")
     options = [str(path), "--steps", "2", "--results", str(tmp_path), *TINY]
     command = [sys.executable, "-m", "benchmarks.run", *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)

@@ -18,7 +18,8 @@ def load(tmp_path, **changed):
 def test_every_variant_of_a_shipped_scenario_is_a_valid_run(name):
     cases = cases_of(load_scenario(name), with_optional=True)
     kinds = {
-        (case.measure, case.stage, case.ranks, case.log, case.before, str(case.config)) for case in cases
+        (case.measure, case.stage, case.ranks, case.log, case.before, case.jobs, str(case.config))
+        for case in cases
     }
     assert len(kinds) == len(cases)
 
@@ -31,6 +32,7 @@ def test_every_variant_of_a_shipped_scenario_is_a_valid_run(name):
         ({"variants": [{"name": "a"}, {"name": "a"}]}, "'a' stands twice"),
         ({"variants": [{"name": "a"}, {"name": "b", "against": "c"}]}, "`against: c`"),
         ({"variants": [{"name": "a", "optional": True}]}, "cannot be `optional`"),
+        ({"variants": [{"name": "a", "jobs": 2}]}, "`jobs: 2` needs `ranks`"),
         ({"config": {"features": {}}}, "`config.features`"),
     ],
 )
