@@ -42,6 +42,14 @@ def test_tables_are_never_replicated_unasked(world_size: int) -> None:
     assert all(line.sharding != "data_parallel" for line in lines)
 
 
+def test_equal_tables_of_cpu_ranks_stay_whole() -> None:
+    toy = _toy({"user": 40_000, "item": 40_000})
+    plan = make_plan(toy, _config(), describe_cluster(_config(), "cpu", 2, 2), 2048)
+    lines = plan_summary(plan, toy)
+    assert {line.sharding for line in lines} == {"table_wise"}
+    assert sorted(line.ranks for line in lines) == [(0,), (1,)]
+
+
 def test_constraints_by_table_and_by_default() -> None:
     toy = _toy({"user": 100, "item": 50_000, "tiny": 2})
     config = _config(
