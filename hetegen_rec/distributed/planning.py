@@ -58,8 +58,8 @@ class Bandwidths:
 
 
 GLOO = Bandwidths(device_memory=50e9, host_memory=50e9, host_device=50e9, intra_host=2e9, inter_host=1e9)
-"""Of ranks on CPUs, by order of magnitude. They talk by TCP on one host too, where TorchRec would assume NVLink,
-by which cutting tables into rows looks better than it is."""
+"""Of ranks on CPUs, by order of magnitude. They talk by TCP on one host too, where TorchRec would assume
+NVLink, by which cutting tables into rows looks better than it is."""
 
 
 @dataclass(frozen=True)
