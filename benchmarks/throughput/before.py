@@ -6,26 +6,19 @@ Every entry of `EARLIER` is a context in which one part is as it was. What it co
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, TypeAlias
 from unittest import mock
 
 import torch
 from torch import Tensor
 from torchrec import KeyedTensor
 
-from benchmarks.throughput.stopwatch import Turn
+from benchmarks.throughput.stopwatch import Turn, Workload
 from hetegen_rec.models import reconstruction
 from hetegen_rec.models.ctr import FieldPooling, mean_of_present
 from hetegen_rec.models.embedding import TokenAssembly
 
 Part: TypeAlias = Literal["field_slices", "foreach_adamw", "looked_up_by_key", "all_candidates"]
-
-
-class Workload(Protocol):
-    """Something that can be measured over and over again."""
-
-    def turn(self) -> Turn:
-        """Carries out and times some steps, as many each time. A collective."""
 
 
 class AsBefore:

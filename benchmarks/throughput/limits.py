@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.throughput.before import Workload
+from benchmarks.throughput.stopwatch import Workload
 
 _SIZE = 1024  # of square matrices: 4 MiB each
 _PRODUCTS = 4

@@ -13,13 +13,12 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.throughput.arithmetic import Summary, summarise
-from benchmarks.throughput.before import Workload
 from benchmarks.throughput.click_log import ClickLog, LogConfig, write_click_log
 from benchmarks.throughput.jobs import keep_to_cores, slowest_turn_of_jobs
 from benchmarks.throughput.limits import Bound, Limits, LimitsProbe, combine, count_flops
 from benchmarks.throughput.page import Provenance, Result, write_results
 from benchmarks.throughput.scenario import Case, Scenario, cases_of, load_scenario
-from benchmarks.throughput.stopwatch import Turn
+from benchmarks.throughput.stopwatch import Turn, Workload
 from benchmarks.throughput.workloads import FILLING_STEPS, MadeBatches, open_reader, open_workload
 from hetegen_rec.config.errors import ConfigError
 from hetegen_rec.distributed.runtime import Runtime, start_runtime

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Protocol
 
 from hetegen_rec.data.batch import Batch
 
@@ -31,6 +32,13 @@ class Turn:
     def load(cls, path: Path) -> "Turn":
         """The inverse of `save`."""
         return cls(**json.loads(path.read_text(encoding="utf-8")))
+
+
+class Workload(Protocol):
+    """Something that can be measured over and over again."""
+
+    def turn(self) -> Turn:
+        """Carries out and times some steps, as many each time. A collective."""
 
 
 class Stopwatch:

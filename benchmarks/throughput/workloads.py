@@ -11,11 +11,11 @@ import pyarrow.parquet as pq
 from torchrec.optim.keyed import KeyedOptimizer
 
 from benchmarks.throughput.bare_loop import BareLoop
-from benchmarks.throughput.before import AsBefore, Workload
+from benchmarks.throughput.before import AsBefore
 from benchmarks.throughput.click_log import ClickLog
 from benchmarks.throughput.peers.process import open_fuxictr
 from benchmarks.throughput.scenario import Case
-from benchmarks.throughput.stopwatch import Stopwatch, Turn
+from benchmarks.throughput.stopwatch import Stopwatch, Turn, Workload
 from hetegen_rec.config.run import RunConfig
 from hetegen_rec.data.batch import Batch
 from hetegen_rec.data.batching import Batcher
