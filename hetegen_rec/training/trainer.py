@@ -172,10 +172,11 @@ class Trainer:
         while True:
             self._seed_dropout()
             try:
-                # Nothing keeps the outputs during the next step, which makes its own in their place.
-                self._take_note(self._pipeline.progress(batches), progress)
+                outputs: Outputs = self._pipeline.progress(batches)
             except StopIteration:
                 return
+            self._take_note(outputs, progress)
+            del outputs  # or it would be held while the next step makes its own
             self._act(self._agreement.share(self._wishes()))
 
     def _open_batches(self) -> Iterator[Batch]:
