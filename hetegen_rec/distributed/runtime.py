@@ -3,6 +3,7 @@
 The only module that reads `os.environ` and the only one that chooses the device.
 """
 
+import ctypes
 import logging
 import os
 import re
@@ -46,6 +47,8 @@ _LAUNCHER_VARIABLES = (
 )
 
 _NO_NAME = "none"  # what torchrun calls a job that was given no name
+
+_M_ARENA_MAX, _HEAPS = -8, 2  # mallopt's name of the setting (malloc.h), and what it is set to
 
 _FAILURE = "hetegen_rec/failure"  # key in the job's store: ranks that told of a failure
 
@@ -171,6 +174,7 @@ def start_runtime(
     place = _read_place()
     chosen = _choose_device(device, place["LOCAL_RANK"], place["LOCAL_WORLD_SIZE"])
     _share_cores(place["LOCAL_WORLD_SIZE"])
+    _share_heaps()
     timeout = timedelta(seconds=timeout_seconds) + _WATCHDOG_FIRST
     _join(place, "nccl" if chosen.type == "cuda" else "gloo", timeout)
     try:
@@ -289,6 +293,17 @@ def _share_cores(local_world_size: int) -> None:
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     torch.set_num_threads(max(1, cores // local_world_size))
+
+
+def _share_heaps() -> None:
+    """Has all threads of the process share a few heaps, unless the environment says how many.
+
+    glibc gives threads heaps of their own and keeps what they leave in them. Readers' threads come and go
+    with every epoch and evaluation, so that memory would grow for hours.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    if mallopt is not None and "MALLOC_ARENA_MAX" not in os.environ:
+        mallopt(_M_ARENA_MAX, _HEAPS)
 
 
 def _join(place: dict[str, int], backend: str, timeout: timedelta) -> None:
