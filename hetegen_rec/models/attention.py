@@ -20,6 +20,28 @@ class Guidance:
     """[S]: s_f - mean s of each token's field, 0 for the label."""
 
 
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+) -> Tensor:
+    """As `scaled_dot_product_attention` of [B, H, S, D / H], in fp32 on the CPU.
+
+    The CPU's fused kernel takes 6 to 9 times as long in bf16, on heads of 8 and 16 numbers. In fp32 and back
+    it takes hardly longer than in fp32.
+    """
+    fused = functional.scaled_dot_product_attention
+    if value.device.type != "cpu" or value.dtype == torch.float32:
+        return fused(query, key, value, attn_mask, dropout_p, scale=scale)
+    bias = None if attn_mask is None else attn_mask.float()
+    with torch.autocast("cpu", enabled=False):
+        mixed = fused(query.float(), key.float(), value.float(), bias, dropout_p, scale=scale)
+    return mixed.to(value.dtype)
+
+
 class GuidedAttention(nn.Module):
     """Multi-head attention with the gain of HeteGenCTR (arXiv 2605.24986), in four places.
 
@@ -33,7 +55,7 @@ class GuidedAttention(nn.Module):
         self.num_heads = config.num_heads
         self.guidance = config.guidance
         self.dropout = dropout
-        self.attend: Callable[..., Tensor] = functional.scaled_dot_product_attention
+        self.attend: Callable[..., Tensor] = attend
         self.input = nn.Linear(dim, 3 * dim)
         self.output = nn.Linear(dim, dim)
 

@@ -5,9 +5,10 @@ from typing import get_args
 
 import pytest
 import torch
+from torch.nn import functional
 
 from hetegen_rec.config.run import AttentionConfig, AttentionGuidance
-from hetegen_rec.models.attention import Guidance, GuidedAttention
+from hetegen_rec.models.attention import Guidance, GuidedAttention, attend
 
 DIM, HEADS, LENGTH, ROWS = 8, 2, 5, 3
 VARIANTS = get_args(AttentionGuidance)
@@ -110,3 +111,18 @@ def test_attention_is_dropped_in_training_only(x):
     assert not torch.equal(module(x, NEUTRAL, None), module(x, NEUTRAL, None))
     module.eval()
     assert torch.equal(module(x, NEUTRAL, None), attention()(x, NEUTRAL, None))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bf16_attends_in_fp32_on_the_cpu(autocast):
+    numbers = torch.Generator().manual_seed(2)
+    shape = (ROWS, HEADS, LENGTH, DIM // HEADS)
+    query, key, value = (torch.randn(shape, generator=numbers).bfloat16() for _ in range(3))
+    holes = torch.zeros(ROWS, 1, LENGTH, LENGTH)
+    holes[..., 1] = -math.inf
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        mixed = attend(query, key, value, attn_mask=holes)
+    exact = functional.scaled_dot_product_attention(
+        query.float(), key.float(), value.float(), attn_mask=holes
+    )
+    assert torch.equal(mixed, exact.bfloat16())  # rounded once, at the end

@@ -2,9 +2,9 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from hetegen_rec.config.backbone import BackboneConfig
+from hetegen_rec.models.attention import attend
 from hetegen_rec.models.backbones.layers import Deep
 
 
@@ -45,5 +45,5 @@ class InteractingLayer(nn.Module):
             part.view(shape).transpose(1, 2) for part in self.query_key_value(fields).chunk(3, dim=-1)
         )  # each [B, H, F, D / H]
         dropout = self.dropout if self.training else 0.0
-        mixed = functional.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=1.0)
+        mixed = attend(query, key, value, dropout_p=dropout, scale=1.0)
         return torch.relu(mixed.transpose(1, 2).reshape(fields.shape) + self.residual(fields))
