@@ -142,7 +142,7 @@ def run(case: Case, minutes: float, every: float, runtime: Runtime) -> Findings:
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="benchmark-")))
         log = write_click_log(case.log, directory / "train" / "log.parquet")
-        readers = (open_reader(case.config, log, runtime), open_reader(case.config, _valid(log), runtime))
+        readers = (open_reader(case, log, runtime), open_reader(case, _valid(log), runtime))
         stop = StopRequest()
         trainer = open_trainer(case, log, readers, directory, stack, runtime, stop)
         trainer.writer.reserve(trainer.model.dmp, trainer.optimizer)

@@ -198,7 +198,7 @@ def _write_logs(cases: Sequence[Case], directory: Path, runtime: Runtime) -> dic
 
 def _open_probe(case: Case, log: ClickLog, runtime: Runtime) -> LimitsProbe:
     """Of the ids that the first batch of a variant looks up, in one table for all of its tables."""
-    (batch,) = MadeBatches(open_reader(case.config, log, runtime), 1).batches
+    (batch,) = MadeBatches(open_reader(case, log, runtime), 1).batches
     keys = len(batch.kjt.keys())
     rows = log.statistics.table_rows(log.config.names[0])
     # Each field has its part of the table, as it has a table of its own in the model.

@@ -16,7 +16,6 @@ from benchmarks.throughput.click_log import ClickLog
 from benchmarks.throughput.peers.process import open_fuxictr
 from benchmarks.throughput.scenario import Case
 from benchmarks.throughput.stopwatch import Stopwatch, Turn, Workload
-from hetegen_rec.config.run import RunConfig
 from hetegen_rec.data.batch import Batch
 from hetegen_rec.data.batching import Batcher
 from hetegen_rec.data.cursor import Cursor, Served
@@ -187,7 +186,7 @@ def _open(
         return ArrowDecode(log, rows_per_step(config, runtime))
     if case.measure == "fuxictr":
         return open_fuxictr(case, log, steps, directory, stack)
-    reader = open_reader(config, log, runtime)
+    reader = open_reader(case, log, runtime)
     if case.measure == "reader":
         return ReaderAlone(reader)
     if case.measure == "bare":
@@ -252,9 +251,10 @@ def _build(case: Case, log: ClickLog, runtime: Runtime) -> tuple[ShardedModel, K
     return model, optimizer
 
 
-def open_reader(config: RunConfig, log: ClickLog, runtime: Runtime) -> Reader:
-    """The reader of training rows, as `open_split` sets it up for prepared ones."""
-    batcher = Batcher(log.schema, log.statistics)
+def open_reader(case: Case, log: ClickLog, runtime: Runtime) -> Reader:
+    """The reader of a stage's training rows, as `open_split` sets it up for prepared ones."""
+    config = case.config
+    batcher = Batcher(log.schema, log.statistics, frequencies=config.frequencies(case.stage))
     return Reader(
         list_row_groups([str(path) for path in log.paths]),
         batcher,

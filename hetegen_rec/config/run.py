@@ -26,6 +26,8 @@ from hetegen_rec.config.schema import Schema
 from hetegen_rec.config.values import Probability, Widths, as_tuple
 
 Stage: TypeAlias = Literal["pretrain", "finetune", "joint", "scratch"]
+Frequency: TypeAlias = Literal["log_prior", "log_rate"]
+"""What a batch may tell of how often its ids come; see `Batch`."""
 GENERATIVE_STAGES: tuple[Stage, ...] = ("pretrain", "joint")
 """Stages that reconstruct noised rows."""
 CLICK_STAGES: tuple[Stage, ...] = ("finetune", "joint", "scratch")
@@ -380,6 +382,15 @@ class RunConfig(Section):
         """Budget and optimizers of one stage."""
         config: StageConfig = getattr(self.stages, stage)
         return config
+
+    def frequencies(self, stage: Stage) -> frozenset[Frequency]:
+        """What the losses of a stage read: of candidates when they reconstruct, of table rows for L2."""
+        read: set[Frequency] = set()
+        if stage in GENERATIVE_STAGES:
+            read.add("log_prior")
+        if self.stage(stage).table_l2:
+            read.add("log_rate")
+        return frozenset(read)
 
     def stage_dir(self, stage: Stage) -> Path:
         """Directory of one stage's checkpoints and logs."""

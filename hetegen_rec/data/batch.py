@@ -23,10 +23,11 @@ class Batch(Pipelineable):
     ids: torch.Tensor
     """[B, T] int64: the (first) id of each token, -1 where the bag is empty."""
     log_prior: torch.Tensor
-    """[B, T] float32: log share of this id among the training values of its field."""
+    """[B, T] float32: log share of this id among the training values of its field; [B, 0] if
+    nobody reads it."""
     log_rate: torch.Tensor
     """[B, T] float32: log of how often a training row looks this id's table row up, over all
-    tokens that share the table."""
+    tokens that share the table; [B, 0] if nobody reads it."""
     labels: torch.Tensor
     """[B] float32: 0 or 1."""
     row_ids: torch.Tensor

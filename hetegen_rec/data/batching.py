@@ -4,9 +4,9 @@ The work is done on one matrix [T, B] of ids, tokens first as in the KJT, with -
 Only multi-valued fields need more: their bags of several values are spliced in beside the matrix.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torchrec import KeyedJaggedTensor
 
+from hetegen_rec.config.run import Frequency
 from hetegen_rec.config.schema import ReservedId, Schema
 from hetegen_rec.data.batch import Batch
 from hetegen_rec.data.cursor import Cursor
@@ -61,13 +62,50 @@ class _Bags:
         return sums / np.maximum(self.lengths, 1)
 
 
-class Batcher:
-    """Turns slices of encoded tables into batches.
+class _ById:
+    """A number for every id of several fields or tables, in one flat array: one gather serves all tokens.
 
-    It holds the log-frequencies of all ids in two flat arrays, one segment a field (prior) or a table
-    (rate), so that one gather serves all tokens. A segment starts with the entry of the empty bag, 0.
-    The probabilities of dropout and the factors of movement, if there are any, lie as the rates do.
+    Each segment starts with the entry of the empty bag, 0.
     """
+
+    def __init__(self, segments: Mapping[str, NDArray[np.floating[Any]]], of_tokens: Sequence[str]) -> None:
+        """Lays the segments out.
+
+        Args:
+            segments: by name, [num_ids] numbers.
+            of_tokens: the segment of each token.
+        """
+        self._flat = np.zeros(sum(1 + len(numbers) for numbers in segments.values()), dtype=np.float32)
+        first_ids, end = {}, 0
+        for name, numbers in segments.items():
+            first_ids[name] = end + 1
+            end += 1 + len(numbers)
+            self._flat[first_ids[name] : end] = numbers
+        self._first_ids = np.array([first_ids[name] for name in of_tokens])
+
+    def of_tokens(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Of the ids [T, B] of all tokens."""
+        return self._take(ids + self._first_ids[:, None])
+
+    def of_token(self, token: int, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Of ids [V] of one token."""
+        return self._take(ids + self._first_ids[token])
+
+    def of_rows(self, ids: NDArray[np.int64], bags: Mapping[int, _Bags]) -> torch.Tensor:
+        """[B, T] numbers of the ids [B, T]; of a bag the mean over its values: of logs, so that no value
+        dominates.
+        """
+        found = self._take(ids + self._first_ids)
+        for token, bag in bags.items():
+            found[:, token] = bag.mean(self.of_token(token, bag.values))
+        return _tensor(found)
+
+    def _take(self, places: NDArray[np.int64]) -> NDArray[np.float32]:
+        return self._flat.take(places, mode="clip")  # the range is checked already, and this mode is fast
+
+
+class Batcher:
+    """Turns slices of encoded tables into batches."""
 
     def __init__(
         self,
@@ -75,8 +113,9 @@ class Batcher:
         statistics: Statistics,
         oov_dropout: float = 0.0,
         movement: Mapping[str, NDArray[np.float32]] | None = None,
+        frequencies: Collection[Frequency] = get_args(Frequency),
     ):
-        """Lays out the frequencies.
+        """Lays out what belongs to ids.
 
         Args:
             schema: the fields of a row.
@@ -86,25 +125,25 @@ class Batcher:
                 and reconstructs. Whether it does is a hash of (noise seed, row id, place in the row).
                 The frequencies are those under dropout.
             movement: by table, [num_ids] factors on the gradients of its rows; None for no factors.
+            frequencies: those that somebody reads. Looking up the others is saved.
         """
         self.schema = schema
         self.encoded_schema = encoded_schema(schema)
         self._keys = [token.key for token in schema.tokens]
-        token_fields = [schema.field(token.field) for token in schema.tokens]
-        priors = {name: statistics.log_prior(name, oov_dropout) for name in schema.field_names}
-        tables = [owner.name for owner in schema.table_owners]
-        rates = {name: statistics.log_rate(name, oov_dropout) for name in tables}
-        self._log_prior, prior_segments = _flatten(priors)
-        self._log_rate, rate_segments = _flatten(rates)
-        self._dropout: NDArray[np.float32] | None = None
+        fields = [schema.field(token.field) for token in schema.tokens]
+        names, tables = [field.name for field in fields], [field.table_name for field in fields]
+        self._num_ids = [statistics.table_rows(table) for table in tables]
+        self._log_prior = self._log_rate = self._dropout = self._movement = None
+        if "log_prior" in frequencies:
+            self._log_prior = _ById({n: statistics.log_prior(n, oov_dropout) for n in set(names)}, names)
+        if "log_rate" in frequencies:
+            self._log_rate = _ById({t: statistics.log_rate(t, oov_dropout) for t in set(tables)}, tables)
         if oov_dropout:
-            lookups = {name: statistics.lookups(name) for name in tables}
-            self._dropout, _ = _flatten({n: drop_probability(lookups[n], oov_dropout) for n in tables})
-        self._movement = None if movement is None else _flatten({n: movement[n] for n in tables})[0]
-        self._prior_starts = np.array([prior_segments[f.name] for f in token_fields])[:, None]
-        self._rate_starts = np.array([rate_segments[f.table_name] for f in token_fields])[:, None]
-        self._num_ids = np.array([len(rates[f.table_name]) for f in token_fields])[:, None]
-        slots = np.array([f.list_length if f.kind == "multi_valued" else 1 for f in token_fields])
+            lookups = {table: statistics.lookups(table) for table in set(tables)}
+            self._dropout = _ById({t: drop_probability(n, oov_dropout) for t, n in lookups.items()}, tables)
+        if movement is not None:
+            self._movement = _ById(movement, tables)
+        slots = np.array([f.list_length if f.kind == "multi_valued" else 1 for f in fields])
         self._first_slots = (np.cumsum(slots) - slots)[:, None]
         self._num_slots = int(slots.sum())
         self._first_tokens = {name: schema.span(name)[0] for name in schema.field_names}
@@ -131,15 +170,12 @@ class Batcher:
         if self._dropout is not None:
             self._drop_rare(self._dropout, ids, bags, row_ids, noise_seed)
         rows = np.ascontiguousarray(ids.T)
-        prior_places, rate_places = self._places(rows)
-        movement = None
-        if self._movement is not None:
-            movement = self._look_up(self._movement, rate_places, self._rate_starts, bags)
+        unread = torch.empty(len(rows), 0)
         return Batch(
             kjt=self._kjt(ids, bags),
             ids=_tensor(rows),
-            log_prior=self._look_up(self._log_prior, prior_places, self._prior_starts, bags),
-            log_rate=self._look_up(self._log_rate, rate_places, self._rate_starts, bags),
+            log_prior=self._log_prior.of_rows(rows, bags) if self._log_prior else unread,
+            log_rate=self._log_rate.of_rows(rows, bags) if self._log_rate else unread,
             labels=_tensor(_column(table, LABEL).astype(np.float32)),
             row_ids=_tensor(row_ids),
             strata=_tensor(strata.astype(np.float32)),
@@ -150,7 +186,7 @@ class Batcher:
                 name: _tensor(_column(table, column).astype(np.int64))
                 for name, column in context_columns(self.schema).items()
             },
-            movement=movement,
+            movement=self._movement.of_rows(rows, bags) if self._movement else None,
         )
 
     def conform(self, table: pa.Table, where: str) -> pa.Table:
@@ -222,38 +258,15 @@ class Batcher:
             column = pc.list_flatten(column)
         if column.null_count:
             return "rows without a value"
-        num_ids = int(self._num_ids[self._first_tokens[name], 0])
+        num_ids = self._num_ids[self._first_tokens[name]]
         least, greatest = (bound.as_py() for bound in pc.min_max(column).values())
         if least is None or 0 <= least <= greatest < num_ids:
             return None
         return f"ids from {least} to {greatest}, but its table has {num_ids} rows"
 
-    def _places(self, ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Where the ids [B, T] stand in the flat arrays by field, and in those by table."""
-        by_field = ids + (self._prior_starts.T + 1)
-        if np.array_equal(self._prior_starts, self._rate_starts):  # no table is shared
-            return by_field, by_field
-        return by_field, ids + (self._rate_starts.T + 1)
-
-    def _look_up(
-        self,
-        by_id: NDArray[np.float32],
-        places: NDArray[np.int64],
-        starts: NDArray[np.int64],
-        bags: dict[int, _Bags],
-    ) -> torch.Tensor:
-        """[B, T] log-frequencies or factors; of a bag the mean over its values: of logs, so that no value
-        dominates.
-        """
-        # The range is checked already, and this mode is the fast one.
-        found = by_id.take(places, mode="clip")
-        for token, bag in bags.items():
-            found[:, token] = bag.mean(by_id.take(bag.values + (starts[token] + 1), mode="clip"))
-        return _tensor(found)
-
     def _drop_rare(
         self,
-        dropout: NDArray[np.float32],
+        dropout: _ById,
         ids: NDArray[np.int64],
         bags: dict[int, _Bags],
         row_ids: NDArray[np.int64],
@@ -264,9 +277,9 @@ class Batcher:
         counters = row_ids * self._num_slots
         for token, bag in bags.items():
             slots = counters[bag.rows] + self._first_slots[token] + bag.places
-            probability = dropout.take(bag.values + (self._rate_starts[token] + 1), mode="clip")
+            probability = dropout.of_token(token, bag.values)
             bag.values[uniform(slots, salt) < probability] = ReservedId.OUT_OF_VOCABULARY
-        probability = dropout.take(ids + (self._rate_starts + 1), mode="clip")
+        probability = dropout.of_tokens(ids)
         ids[uniform(counters + self._first_slots, salt) < probability] = ReservedId.OUT_OF_VOCABULARY
 
     def _kjt(self, ids: NDArray[np.int64], bags: dict[int, _Bags]) -> KeyedJaggedTensor:
@@ -280,7 +293,7 @@ class Batcher:
         pieces.append(_chosen(ids[start:], filled[start:]))
         return KeyedJaggedTensor(
             keys=self._keys,
-            values=_tensor(np.concatenate(pieces)),
+            values=_tensor(pieces[0] if len(pieces) == 1 else np.concatenate(pieces)),
             lengths=_tensor(lengths.reshape(-1)),
             stride=ids.shape[1],
             # Known here, so that nobody asks the device for it later.
@@ -314,20 +327,6 @@ def _problem_of_values(column: pa.ChunkedArray, name: str) -> str | None:
     labels = column.to_numpy()
     wrong = labels[(labels != 0) & (labels != 1)]
     return f"the label {wrong[0]}, neither 0 nor 1" if len(wrong) else None
-
-
-def _flatten(
-    arrays: Mapping[str, NDArray[np.floating[Any]]],
-) -> tuple[NDArray[np.float32], dict[str, int]]:
-    """One array of segments, each a zero and then the array; and where each segment starts."""
-    starts, total = {}, 0
-    for name, array in arrays.items():
-        starts[name] = total
-        total += 1 + len(array)
-    flat = np.zeros(total, dtype=np.float32)
-    for name, array in arrays.items():
-        flat[starts[name] + 1 : starts[name] + 1 + len(array)] = array
-    return flat, starts
 
 
 def _array(table: pa.Table, name: str) -> pa.Array:

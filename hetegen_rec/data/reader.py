@@ -5,10 +5,10 @@ lane while the current one is served; the other cuts windows into steps and make
 """
 
 import heapq
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from threading import Event
-from typing import Protocol
+from typing import Protocol, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from hetegen_rec.config.data import Split
 from hetegen_rec.config.errors import ConfigError
-from hetegen_rec.config.run import RunConfig
+from hetegen_rec.config.run import Frequency, RunConfig
 from hetegen_rec.data.batch import Batch
 from hetegen_rec.data.batching import Batcher
 from hetegen_rec.data.cursor import Cursor
@@ -238,6 +238,7 @@ def open_reader(
     seed: int,
     oov_dropout: float,
     movement: Mapping[str, NDArray[np.float32]] | None = None,
+    frequencies: Collection[Frequency] = get_args(Frequency),
     encoder: Encoder | None = None,
 ) -> Reader:
     """Opens one split of a prepared data set.
@@ -256,6 +257,7 @@ def open_reader(
         seed: of the shuffle and of the noise.
         oov_dropout: see `Batcher`.
         movement: see `Batcher`.
+        frequencies: see `Batcher`.
         encoder: encodes raw rows; needed if and only if `data.encode` is `on_the_fly`.
 
     Raises:
@@ -265,7 +267,7 @@ def open_reader(
     data = config.data
     if (data.encode == "on_the_fly") != (encoder is not None):
         raise ValueError(f"`data.encode: {data.encode}` and encoder {encoder!r} do not fit")
-    batcher = Batcher(config.features, statistics, oov_dropout, movement)
+    batcher = Batcher(config.features, statistics, oov_dropout, movement, frequencies)
     columns = batcher.encoded_schema.names if encoder is None else required_columns(config.features)
     num_lanes = (data.lanes or world_size) if train else world_size
     if not train:

@@ -42,6 +42,7 @@ class _Run:
     """What is planned, besides the rows of a step."""
 
     config: RunConfig
+    stage: Stage
     world: World
     profile: HardwareProfile
     model: HeteGen
@@ -151,7 +152,7 @@ def _describe(
     attach_table_optimizer(model.ebc, config.train.table_optimizer, of_stage, profile.device)
     footprint = measure_footprint(model.network, config.features, statistics)
     loads = table_loads(config.features, statistics, config.model.dim)
-    return _Run(config, world, profile, model, footprint, loads)
+    return _Run(config, stage, world, profile, model, footprint, loads)
 
 
 def _plan(run: _Run, rows: int) -> tuple[Setting, list[PlannedTable], ShardingPlan]:
@@ -169,7 +170,7 @@ def _plan(run: _Run, rows: int) -> tuple[Setting, list[PlannedTable], ShardingPl
         loads=run.loads,
         footprint=run.footprint,
         table_optimizer=config.train.table_optimizer,
-        batch_row_bytes=_row_bytes(config.features, run.loads),
+        batch_row_bytes=_row_bytes(config.features, run.loads, len(config.frequencies(run.stage))),
         precision=config.train.precision,
         forward=config.distributed.forward_precision,
         backward=config.distributed.backward_precision,
@@ -177,9 +178,9 @@ def _plan(run: _Run, rows: int) -> tuple[Setting, list[PlannedTable], ShardingPl
     return setting, plan_summary(plan, run.model), plan
 
 
-def _row_bytes(schema: Schema, loads: list[TableLoad]) -> float:
-    """Bytes of one row of a batch: its ids as a KJT and as `[T]`, two `[T]` of frequencies, and itself."""
-    per_token = _LENGTH + _ID + 2 * _FLOAT
+def _row_bytes(schema: Schema, loads: list[TableLoad], num_frequencies: int) -> float:
+    """Bytes of one row of a batch: its ids as a KJT and as `[T]`, `[T]` of each frequency, and itself."""
+    per_token = _LENGTH + _ID + num_frequencies * _FLOAT
     of_row = _ID + 2 * _FLOAT  # row id, label and stratum
     return sum(load.ids for load in loads) * _ID + len(schema.tokens) * per_token + of_row
 

@@ -3,6 +3,7 @@
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from torchrec.distributed.types import ShardingPlan
 from torchrec.optim.keyed import KeyedOptimizer
 
 from hetegen_rec.config.data import Split
-from hetegen_rec.config.run import RunConfig, Stage, TrainConfig
+from hetegen_rec.config.run import Frequency, RunConfig, Stage, TrainConfig
 from hetegen_rec.data.batching import Batcher
 from hetegen_rec.data.encoding import Encoder
 from hetegen_rec.data.raw import list_row_groups
@@ -126,6 +127,7 @@ def open_split(
         seed=config.seed,
         oov_dropout=config.stage(stage).oov_dropout if stage is not None else 0.0,
         movement=_movement(config, stage, statistics) if stage is not None else None,
+        frequencies=config.frequencies(stage) if stage is not None else get_args(Frequency),
         encoder=encoder,
     )
 

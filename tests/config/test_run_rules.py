@@ -93,3 +93,17 @@ def test_shipped_configuration_loads_and_saves(path, tmp_path):
 def test_runs_that_ship_do_not_write_into_each_other():
     directories = [load_config(path).run_dir for path in SHIPPED]
     assert len(set(directories)) == len(directories)
+
+
+@pytest.mark.parametrize(
+    ("stage", "table_l2", "read"),
+    [
+        ("pretrain", 0.0, {"log_prior"}),
+        ("joint", 1e-3, {"log_prior", "log_rate"}),
+        ("scratch", 0.0, set()),
+        ("finetune", 1e-3, {"log_rate"}),
+    ],
+)
+def test_frequencies_that_a_stage_reads(stage, table_l2, read):
+    config = run_config(stages={stage: {"table_l2": table_l2}})
+    assert config.frequencies(stage) == read

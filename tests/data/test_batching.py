@@ -39,6 +39,9 @@ class FakeStatistics:
     def __init__(self, occurrences=None):
         self.occurrences = occurrences or {}
 
+    def table_rows(self, table):
+        return NUM_IDS[table]
+
     def log_prior(self, field, oov_dropout=0.0):
         place = SCHEMA.field_names.index(field)
         return -(place + 1 + np.arange(NUM_IDS[SCHEMA.field(field).table_name], dtype=np.float32) / 16)
@@ -249,6 +252,19 @@ def test_frequencies_are_those_of_the_replaced_ids():
     statistics = FakeStatistics({"user": np.zeros(7)})
     batch = make(many_rows(5), statistics, oov_dropout=1.0)
     assert batch.log_prior[0, 0] == statistics.log_prior("user")[1]
+
+
+@pytest.mark.parametrize("read", [(), ("log_prior",), ("log_rate",)])
+def test_frequencies_that_nobody_reads_are_left_out_and_the_rest_is_the_same(read):
+    table = many_rows(5)
+    strata = np.full(5, 0.5, np.float32)
+    all_read = Batcher(SCHEMA, FakeStatistics(), 2.0).make(table, strata, 1, CURSOR, 5)
+    batch = Batcher(SCHEMA, FakeStatistics(), 2.0, frequencies=read).make(table, strata, 1, CURSOR, 5)
+    assert torch.equal(batch.ids, all_read.ids)
+    assert torch.equal(batch.kjt.values(), all_read.kjt.values())
+    for name in ("log_prior", "log_rate"):
+        expected = getattr(all_read, name) if name in read else torch.empty(5, 0)
+        assert torch.equal(getattr(batch, name), expected)
 
 
 def shared_table_log(first_id):
