@@ -227,7 +227,7 @@ class Batcher:
 
     def _read_ids(self, table: pa.Table) -> tuple[NDArray[np.int64], dict[int, _Bags]]:
         """The matrix [T, B], and the bags of the multi-valued fields by token."""
-        ids = np.full((len(self._keys), table.num_rows), _NO_ID, dtype=np.int64)
+        ids = np.empty((len(self._keys), table.num_rows), dtype=np.int64)
         bags = {}
         for field in self.schema.fields:
             token = self._first_tokens[field.name]
