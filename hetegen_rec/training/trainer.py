@@ -18,7 +18,7 @@ from hetegen_rec.data.cursor import Cursor
 from hetegen_rec.data.reader import BatchSource, Reader
 from hetegen_rec.data.statistics import Statistics
 from hetegen_rec.distributed.planning import plan_as_json
-from hetegen_rec.distributed.runtime import Runtime
+from hetegen_rec.distributed.runtime import Runtime, give_back_memory
 from hetegen_rec.distributed.schedule import LearningRates
 from hetegen_rec.distributed.signals import StopRequest
 from hetegen_rec.distributed.watchdog import Watchdog
@@ -271,6 +271,7 @@ class Trainer:
             progress.note(f"valid AUC {auc:.4f}" + (" (best)" if is_best else ""))
         state.evaluation_due = False
         self._save(metrics, Best("auc", state.best_auc) if is_best else None)
+        give_back_memory()  # what the evaluation took is not needed until the next one
 
     def _count_skipped_rows(self) -> None:
         """Adds what the readers of all ranks have left out since the last time. A collective."""

@@ -6,6 +6,7 @@ from threading import Barrier, Thread
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch.distributed as dist
 from multirank import RanksFailedError, run_ranks
@@ -13,7 +14,13 @@ from multirank import RanksFailedError, run_ranks
 from hetegen_rec.config import ConfigError
 from hetegen_rec.distributed import runtime as runtime_module
 from hetegen_rec.distributed.meeting import MeetingError
-from hetegen_rec.distributed.runtime import DistributedError, LostPeerError, describe_loss, start_runtime
+from hetegen_rec.distributed.runtime import (
+    DistributedError,
+    LostPeerError,
+    describe_loss,
+    give_back_memory,
+    start_runtime,
+)
 
 
 def _fail_on_rank_1(rank: int) -> None:
@@ -215,3 +222,13 @@ def test_half_a_launcher_environment_is_refused(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(DistributedError, match=r"WORLD_SIZE.*MASTER_PORT.*torchrun"), start_runtime("cpu"):
         pass
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="this C library has no malloc_trim")
+def test_memory_that_nobody_holds_is_given_back() -> None:
+    kept, size = 10, 1000  # what is kept keeps malloc from giving back what lies below it
+    held = [bytes(size) for _ in range(100_000)]
+    del held[:-kept]
+    before = psutil.Process().memory_info().rss
+    give_back_memory()
+    assert before - psutil.Process().memory_info().rss > 50_000 * size
