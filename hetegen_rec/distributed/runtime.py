@@ -222,7 +222,7 @@ def seconds_to_stop() -> int:
 
 
 def give_back_memory() -> None:
-    """Gives memory that nobody holds any more back to the system, of which malloc keeps what was used once."""
+    """Gives memory that nobody holds any more, and that malloc keeps, back to the system."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
