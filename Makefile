@@ -31,7 +31,7 @@ endif
 .PHONY: help setup server demo test lint chaos evidence clean
 
 help:  ## this list
-	@echo "make TARGET [ACCELERATOR=cpu|cuda] [PYTHON=python3.x] [N=30] [QUICK=1]"
+	@echo "make TARGET [ACCELERATOR=cpu|cuda] [PYTHON=python3.x] [N=30] [QUICK=1] [RECORDS=file]"
 	sed -nE 's/^([a-z]+):[^#]*## (.*)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 12
 
 setup: $(PACKAGE)  ## build .venv with everything pinned
@@ -56,9 +56,9 @@ chaos: setup  ## kill N trainings at random moments; each must end like an undis
 	@$(USE_VENV)
 	python -m benchmarks.chaos --trials $(N)
 
-evidence: setup  ## compare the methods on every data set, in hours; QUICK=1: a small grid, in minutes
+evidence: setup  ## compare the methods on every data set, in hours; QUICK=1: a small grid, in minutes; RECORDS: runs that count
 	@$(USE_VENV)
-	$(if $(QUICK),$(QUICK_EVIDENCE),$(EVIDENCE))
+	$(if $(QUICK),$(QUICK_EVIDENCE),$(EVIDENCE)) $(addprefix --records ,$(RECORDS))
 
 clean:  ## remove .venv and caches; data/ and runs/ stay
 	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
