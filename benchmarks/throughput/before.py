@@ -56,16 +56,17 @@ def _field_slices(self: FieldPooling, tokens: Tensor, present: Tensor) -> Tensor
 
 
 def _looked_up_by_key(
-    self: TokenAssembly, looked_up: KeyedTensor, _movement: Tensor | None = None, **_options: Any
-) -> tuple[Tensor, Tensor]:
-    """A tensor a key, stacked again by group; norms whether or not they are read."""
+    self: TokenAssembly, looked_up: KeyedTensor, _movement: Tensor | None = None, *, with_norms: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """A tensor a key, stacked again by group; norms are computed whether or not they are read."""
     rows = looked_up.to_dict()
     tokens, norms = [], []
     for group, keys in self.groups.items():
         block = torch.stack([rows[key] for key in keys], dim=1)
         norms.append(block.square().sum(-1))
         tokens.append(self.projections[group](block) if group else block)
-    return torch.cat(tokens, 1)[:, self.order], torch.cat(norms, 1)[:, self.order]
+    all_norms = torch.cat(norms, 1)[:, self.order]
+    return torch.cat(tokens, 1)[:, self.order], all_norms if with_norms else None
 
 
 @dataclass(frozen=True)
