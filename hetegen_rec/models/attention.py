@@ -30,8 +30,8 @@ def attend(
 ) -> Tensor:
     """As `scaled_dot_product_attention` of [B, H, S, D / H], in fp32 on the CPU.
 
-    The CPU's fused kernel takes 6 to 9 times as long in bf16, on heads of 8 and 16 numbers. In fp32 and back
-    it takes hardly longer than in fp32.
+    The CPU's fused kernel takes several times as long in bf16 on heads of few numbers; a step of the denoiser
+    took 3.8 times as long as in fp32 by it (docs/benchmarks.md).
     """
     fused = functional.scaled_dot_product_attention
     if value.device.type != "cpu" or value.dtype == torch.float32:
