@@ -3,7 +3,6 @@
 The only module that reads `os.environ` and the only one that chooses the device.
 """
 
-import ctypes
 import logging
 import os
 import re
@@ -22,6 +21,7 @@ from torch._C._distributed_c10d import HashStore, PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from hetegen_rec.config.errors import ConfigError
+from hetegen_rec.distributed.heaps import share_heaps
 from hetegen_rec.distributed.meeting import MeetingError, meet
 
 logger = logging.getLogger(__name__)
@@ -47,8 +47,6 @@ _LAUNCHER_VARIABLES = (
 )
 
 _NO_NAME = "none"  # what torchrun calls a job that was given no name
-
-_M_ARENA_MAX, _HEAPS = -8, 2  # mallopt's name of the setting (malloc.h), and what it is set to
 
 _FAILURE = "hetegen_rec/failure"  # key in the job's store: ranks that told of a failure
 
@@ -174,7 +172,8 @@ def start_runtime(
     place = _read_place()
     chosen = _choose_device(device, place["LOCAL_RANK"], place["LOCAL_WORLD_SIZE"])
     _share_cores(place["LOCAL_WORLD_SIZE"])
-    _share_heaps()
+    if "MALLOC_ARENA_MAX" not in os.environ:
+        share_heaps()
     timeout = timedelta(seconds=timeout_seconds) + _WATCHDOG_FIRST
     _join(place, "nccl" if chosen.type == "cuda" else "gloo", timeout)
     try:
@@ -219,13 +218,6 @@ def leads_host() -> bool:
 def seconds_to_stop() -> int:
     """How long a launcher waits for a rank that it asked to stop, before it kills it; torchrun's setting."""
     return int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30"))
-
-
-def give_back_memory() -> None:
-    """Gives memory that nobody holds any more, and that malloc keeps, back to the system."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def environment_of_rank(
@@ -300,17 +292,6 @@ def _share_cores(local_world_size: int) -> None:
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     torch.set_num_threads(max(1, cores // local_world_size))
-
-
-def _share_heaps() -> None:
-    """Has all threads of the process share a few heaps, unless the environment says how many.
-
-    glibc gives threads heaps of their own and keeps what they leave in them. Readers' threads come and go
-    with every epoch and evaluation, so that memory would grow for hours.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
-    if mallopt is not None and "MALLOC_ARENA_MAX" not in os.environ:
-        mallopt(_M_ARENA_MAX, _HEAPS)
 
 
 def _join(place: dict[str, int], backend: str, timeout: timedelta) -> None:

@@ -17,8 +17,9 @@ from hetegen_rec.data.batch import Batch
 from hetegen_rec.data.cursor import Cursor
 from hetegen_rec.data.reader import BatchSource, Reader
 from hetegen_rec.data.statistics import Statistics
+from hetegen_rec.distributed.heaps import give_back_memory
 from hetegen_rec.distributed.planning import plan_as_json
-from hetegen_rec.distributed.runtime import Runtime, give_back_memory
+from hetegen_rec.distributed.runtime import Runtime
 from hetegen_rec.distributed.schedule import LearningRates
 from hetegen_rec.distributed.signals import StopRequest
 from hetegen_rec.distributed.watchdog import Watchdog

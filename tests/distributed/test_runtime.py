@@ -1,12 +1,9 @@
-import ctypes
 import os
 import time
 from collections.abc import Callable
-from threading import Barrier, Thread
 from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pytest
 import torch.distributed as dist
 from multirank import RanksFailedError, run_ranks
@@ -14,13 +11,7 @@ from multirank import RanksFailedError, run_ranks
 from hetegen_rec.config import ConfigError
 from hetegen_rec.distributed import runtime as runtime_module
 from hetegen_rec.distributed.meeting import MeetingError
-from hetegen_rec.distributed.runtime import (
-    DistributedError,
-    LostPeerError,
-    describe_loss,
-    give_back_memory,
-    start_runtime,
-)
+from hetegen_rec.distributed.runtime import DistributedError, LostPeerError, describe_loss, start_runtime
 
 
 def _fail_on_rank_1(rank: int) -> None:
@@ -126,40 +117,6 @@ def test_loss_of_a_rank_is_told_from_other_errors(error, loss) -> None:
     assert describe_loss(error) == loss
 
 
-def _heaps_of_seven_threads(setting: str | None) -> int:
-    """How many heaps malloc has, after that many threads were there at a time."""
-    os.environ.pop("MALLOC_ARENA_MAX", None)
-    if setting is not None:
-        os.environ["MALLOC_ARENA_MAX"] = setting
-    libc = ctypes.CDLL(None)
-    libc.malloc.restype = libc.open_memstream.restype = ctypes.c_void_p
-    all_there = Barrier(6)
-
-    def take() -> None:
-        libc.malloc(ctypes.c_size_t(1000))
-        all_there.wait()
-
-    with start_runtime("cpu", timeout_seconds=20):
-        threads = [Thread(target=take) for _ in range(all_there.parties)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        text, size = ctypes.c_char_p(), ctypes.c_size_t()
-        stream = ctypes.c_void_p(libc.open_memstream(ctypes.byref(text), ctypes.byref(size)))
-        libc.malloc_info(0, stream)
-        libc.fclose(stream)
-        return (text.value or b"").count(b"<heap nr=")
-
-
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="this C library has no mallopt")
-def test_threads_share_heaps_unless_the_environment_says_how_many() -> None:
-    assert run_ranks(1, _heaps_of_seven_threads, None) == [2]
-    # The C library reads the variable when a program starts; here it is set later, and so only keeps us away.
-    (heaps,) = run_ranks(1, _heaps_of_seven_threads, "8")
-    assert heaps > 2
-
-
 def _never_end() -> None:
     time.sleep(600)
 
@@ -222,13 +179,3 @@ def test_half_a_launcher_environment_is_refused(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(DistributedError, match=r"WORLD_SIZE.*MASTER_PORT.*torchrun"), start_runtime("cpu"):
         pass
-
-
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="this C library has no malloc_trim")
-def test_memory_that_nobody_holds_is_given_back() -> None:
-    kept, size = 10, 1000  # what is kept keeps malloc from giving back what lies below it
-    held = [bytes(size) for _ in range(100_000)]
-    del held[:-kept]
-    before = psutil.Process().memory_info().rss
-    give_back_memory()
-    assert before - psutil.Process().memory_info().rss > 50_000 * size
