@@ -29,6 +29,13 @@ def rewrite(root: Path, **changes: object) -> None:
     path.write_text(sealed({**unsealed(path.read_text()), **changes}))
 
 
+def seal_again(root: Path, name: str) -> None:
+    """After a file was changed, by someone who knows how to seal."""
+    files = {**unsealed((root / MANIFEST).read_text())["files"]}
+    files[name] = describe_files(root)[name].model_dump()
+    rewrite(root, files=files)
+
+
 def test_an_untouched_artifact_opens_and_lists_every_file(artifact):
     manifest = open_artifact(artifact).manifest
     assert sorted([MANIFEST, *manifest.files]) == files_of(artifact)
@@ -111,15 +118,43 @@ def test_a_directory_without_manifest_is_no_artifact(tmp_path):
         open_artifact(tmp_path)
 
 
-def test_a_graph_that_brings_a_pickle_is_refused(own_artifact):
-    """Torch would load the example inputs of an archive by pickle; ours have none."""
+@pytest.mark.parametrize(
+    "record",
+    [
+        "data/sample_inputs/other.pt",
+        "data/weights/model.pt",  # of an older format: torch unpickles these two, whatever the rest says
+        "data/constants/model.pt",
+        "data/constants/custom_obj_0",
+        "serialized_state_dict.pt",
+    ],
+)
+def test_a_graph_that_brings_a_pickle_is_refused(own_artifact, record):
     name = "network/aten.pt2"
     with zipfile.ZipFile(own_artifact / name, "a") as archive:
         inputs = [one.filename for one in archive.infolist() if "sample_inputs" in one.filename]
         assert [archive.getinfo(one).file_size for one in inputs] == [0]
-        archive.writestr("aten/data/sample_inputs/other.pt", pickle.dumps(print))
-    files = {**unsealed((own_artifact / MANIFEST).read_text())["files"]}
-    files[name] = describe_files(own_artifact)[name].model_dump()
-    rewrite(own_artifact, files=files)
-    with pytest.raises(ArtifactError, match=r"aten\.pt2 holds a pickle"):
+        archive.writestr(f"aten/{record}", pickle.dumps(print))
+    seal_again(own_artifact, name)
+    with pytest.raises(ArtifactError, match=rf"aten\.pt2 holds 'aten/{record}', which may be a pickle"):
+        Scorer.load(own_artifact)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"use_pickle": True}, {"path_name": "opaque_obj_0"}, {"path_name": "custom_obj_0"}],
+    ids=["pickled", "opaque", "custom"],
+)
+def test_a_tensor_that_is_read_as_a_pickle_is_refused(own_artifact, change):
+    """Of constants that are no tensors torch goes by the name of the file, not by `use_pickle`."""
+    name = "network/aten.pt2"
+    with zipfile.ZipFile(own_artifact / name) as archive:
+        records = {one: archive.read(one) for one in archive.namelist()}
+    config = json.loads(records["aten/data/constants/model_constants_config.json"])
+    next(iter(config["config"].values())).update(change)
+    records["aten/data/constants/model_constants_config.json"] = json.dumps(config).encode()
+    with zipfile.ZipFile(own_artifact / name, "w") as archive:
+        for one, content in records.items():
+            archive.writestr(one, content)
+    seal_again(own_artifact, name)
+    with pytest.raises(ArtifactError, match="may be a pickle"):
         Scorer.load(own_artifact)
