@@ -1,5 +1,6 @@
 """The gate before an artifact is published: does it score as the training model does?"""
 
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -45,8 +46,14 @@ def require_parity(found: Mapping[str, Any], config: ExportConfig, backend: str)
         backend: for the error.
 
     Raises:
-        ParityError: they are beyond it.
+        ParityError: they are beyond it, or not finite.
     """
+    if not math.isfinite(found["greatest_difference"]):
+        raise ParityError(
+            f"back end {backend}: on {found['rows']:,} rows its scores or those of the training model are "
+            "not all finite; nothing was published. If `hetegen evaluate` shows that those are, "
+            "take `export.tables: fp32` and `export.dense: fp32`"
+        )
     if config.tables == "fp32" and config.dense == "fp32":
         if found["greatest_difference"] > _MOST_DIFFERENCE:
             raise ParityError(
