@@ -1,5 +1,6 @@
 """Rows in the forms in which callers have them, as one Arrow table."""
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias
 
@@ -33,13 +34,20 @@ def as_table(rows: Rows, schema: Schema, columns: Iterable[str]) -> pa.Table:
     if hasattr(rows, "to_arrow"):  # polars
         return rows.to_arrow()
     if hasattr(rows, "iloc"):  # pandas
-        return pa.Table.from_pandas(rows[[name for name in names if name in rows]], preserve_index=False)
+        return _of_frame(rows[[name for name in names if name in rows]])
     if isinstance(rows, Iterable) and not isinstance(rows, Mapping | str | bytes):
         return _of_mappings(list(rows), schema, names)
     raise DataError(
         f"rows are {type(rows).__name__}; give a list of dictionaries, an Arrow table, or a pandas or polars "
         "data frame"
     )
+
+
+def _of_frame(frame: Any) -> pa.Table:
+    try:
+        return pa.Table.from_pandas(frame, preserve_index=False)
+    except (pa.ArrowException, ValueError, OverflowError) as error:
+        raise DataError(f"the data frame: {error}; each column must be there once, of one type") from error
 
 
 def _of_mappings(rows: list[Row], schema: Schema, names: list[str]) -> pa.Table:
@@ -59,5 +67,23 @@ def _of_mappings(rows: list[Row], schema: Schema, names: list[str]) -> pa.Table:
 
 
 def _array(values: list[Any], *, is_list: bool) -> pa.Array:
-    array = pa.array(values)
+    try:
+        array = pa.array(values)
+    except (pa.ArrowException, OverflowError):
+        array = None
+    if array is None or (is_list and pa.types.is_floating(array.type)):
+        array = _array_without_nan(values, is_list=is_list)
     return array.cast(pa.list_(pa.null())) if is_list and pa.types.is_null(array.type) else array
+
+
+def _array_without_nan(values: list[Any], *, is_list: bool) -> pa.Array:
+    """What data frames make of missing values, NaN, fits neither strings nor lists nor large integers."""
+    given = [[_given(one) for one in value] if isinstance(value, list) else _given(value) for value in values]
+    try:
+        return pa.array(given)
+    except OverflowError:  # integers from 2**63 on, which Arrow does not take for unsigned by itself
+        return pa.array(given, pa.list_(pa.uint64()) if is_list else pa.uint64())
+
+
+def _given(value: Any) -> Any:
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -96,6 +96,32 @@ def test_nan_is_missing_and_unknown_values_are_out_of_vocabulary(scorer):
     assert (known[known >= 0] > 1).all()
 
 
+@pytest.mark.parametrize("other", [ROW, {}], ids=["beside values", "alone"])
+@pytest.mark.parametrize("name", ROW)
+def test_nan_in_dictionaries_is_missing(scorer, name, other):
+    """As in records of a data frame, where it stands for missing strings, lists and large integers too."""
+    large = {"user_id": 2**53 + 1} if other else {}
+    with_nan, without = ([{**other, **large}, {**ROW, name: value}] for value in (float("nan"), None))
+    np.testing.assert_array_equal(scorer.score(with_nan), scorer.score(without))
+
+
+def test_nan_within_a_list_is_missing(scorer):
+    with_nan = [
+        {**ROW, "tags": ["new", float("nan"), "sale"]},
+        {**ROW, "history": [3, float("nan"), 2**53 + 1]},
+    ]
+    without = [ROW, {**ROW, "history": [3, 2**53 + 1]}]
+    np.testing.assert_array_equal(scorer.score(with_nan), scorer.score(without))
+
+
+def test_unsigned_integers_in_dictionaries_are_those_of_an_arrow_table(scorer):
+    rows = [{**ROW, "user_id": 2**63 + 5, "history": [3, 2**63 + 7]}, ROW]
+    names = [field.name for field in SCHEMA.fields]
+    unsigned = {"user_id": pa.uint64(), "history": pa.list_(pa.uint64())}
+    table = pa.table({name: pa.array([row[name] for row in rows], unsigned.get(name)) for name in names})
+    np.testing.assert_array_equal(scorer.ids(rows), scorer.ids(table))
+
+
 def test_no_rows_have_no_scores(scorer):
     assert scorer.score([]).shape == (0,)
     assert scorer.score(as_arrow([ROW]).slice(0, 0)).shape == (0,)
@@ -139,6 +165,7 @@ WRONG = {
     "a value for a list": ([{**ROW, "tags": "new"}], "column 'tags' .* expected lists"),
     "mixed types": ([ROW, {**ROW, "city": 3}], "column 'city': .* of one type"),
     "more than 64 bits": ([{**ROW, "user_id": 1 << 70}], "column 'user_id'"),
+    "a frame with a column twice": (pd.DataFrame([[1, 2]], columns=["user_id"] * 2), "the data frame: "),
     "half an id": ([{**ROW, "user_id": 1.5}], "column 'user_id' .* whole numbers only"),
     "a column too few": (as_arrow([ROW]).drop_columns(["city"]), "no column 'city'"),
 }
