@@ -9,6 +9,7 @@ from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 
 from hetegen_rec.files import link_or_copy, whole_directory, write_whole
+from hetegen_rec.locks import directory_lock
 from hetegen_rec.scoring.delta import (
     DELTA,
     DELTA_VERSION,
@@ -37,8 +38,11 @@ def write_delta(base: Artifact, new: Artifact, target: Path) -> Delta:
 
     Returns:
         The content of its delta.json.
+
+    Raises:
+        LockedError: another process writes there.
     """
-    with whole_directory(target) as root:
+    with directory_lock(target), whole_directory(target) as root:
         return _write(base, new, root)
 
 

@@ -24,7 +24,8 @@ from hetegen_rec.config.run import CLICK_STAGES, RunConfig, Stage
 from hetegen_rec.data.batch import Batch
 from hetegen_rec.data.cursor import Cursor
 from hetegen_rec.data.encoding import vocabulary_path
-from hetegen_rec.data.raw import iter_tables, list_row_groups
+from hetegen_rec.data.manifest import read_manifest
+from hetegen_rec.data.raw import expand_paths, iter_tables, read_shape, row_groups
 from hetegen_rec.data.reader import Reader
 from hetegen_rec.data.statistics import Statistics
 from hetegen_rec.data.vocabulary import ExactVocabulary
@@ -40,6 +41,7 @@ from hetegen_rec.export.reference import Reference
 from hetegen_rec.export.strategies import Exported, build_strategies, needs_validation_rows, write_strategies
 from hetegen_rec.files import whole_directory
 from hetegen_rec.inference.building import TrainedModel
+from hetegen_rec.locks import directory_lock
 from hetegen_rec.models.embedding import table_shapes
 from hetegen_rec.models.hetegen import build_model
 from hetegen_rec.models.network import ClickNetwork
@@ -114,8 +116,9 @@ class Exporter:
         Raises:
             CheckpointError: the checkpoint does not fit the configuration.
             ParityError: a back end does not score as the training model does.
+            LockedError: another process writes there.
         """
-        with whole_directory(target) as root:
+        with directory_lock(target), whole_directory(target) as root:
             return self._write(root)
 
     def _write(self, root: Path) -> Manifest:
@@ -270,29 +273,42 @@ class Exporter:
         parity: dict[str, Any] = {}
         for backend in config.backends:
             scorer = Scorer.load(root, backend=backend)
-            found = {"split": PARITY_SPLIT, **gated(scorer.score(sample), reference, backend)}
+
+            def scores(strategy: ScoringStrategy, scorer: Scorer = scorer) -> NDArray[np.float32]:
+                return np.concatenate([scorer.score(rows, strategy) for rows in sample])
+
+            found = {"split": PARITY_SPLIT, **gated(scores("plain"), reference, backend)}
             if by_strategy:
                 found["strategies"] = {
-                    name: gated(scorer.score(sample, name), expected, f"{backend}, strategy {name}")
+                    name: gated(scores(name), expected, f"{backend}, strategy {name}")
                     for name, expected in by_strategy.items()
                 }
             if config.shared_fields:
-                found["shared_fields"] = compare_candidates(scorer, sample)
+                found["shared_fields"] = compare_candidates(scorer, sample[0])
             if config.raw_integers:
                 found["raw_integers"] = compare_integers(scorer, sample)
             parity[backend] = found
         return parity
 
-    def _raw_sample(self, num_rows: int) -> pa.Table:
-        """The first raw rows of the sample's split, as a caller would give them."""
-        features, parts, left = self._config.features, [], num_rows
-        for group in list_row_groups(self._config.data.raw_paths(PARITY_SPLIT)):
-            for table in iter_tables(group, features, labelled=False):
-                parts.append(table.slice(0, left))
-                left -= len(parts[-1])
-                if not left:
-                    return pa.concat_tables(parts, promote_options="permissive")
-        return pa.concat_tables(parts, promote_options="permissive")
+    def _raw_sample(self, num_rows: int) -> list[pa.Table]:
+        """The first raw rows that were prepared of the sample's split, as a caller would give them.
+
+        Files may store a column in different ways, so they are several tables.
+        """
+        data = self._config.data
+        left_out = {shard.where for shard in read_manifest(data.prepared_dir).skipped}
+        paths = (path for path in expand_paths(data.raw_paths(PARITY_SPLIT)) if path not in left_out)
+        groups = (group for path in paths for group in row_groups([(path, read_shape(path).group_rows)]))
+        tables: list[pa.Table] = []
+        for group in groups:
+            if group.where in left_out:
+                continue
+            for table in iter_tables(group, self._config.features, labelled=False):
+                tables.append(table.slice(0, num_rows))
+                num_rows -= len(tables[-1])
+                if not num_rows:
+                    return tables
+        return tables
 
 
 def _first_rows(reader: Reader, num_rows: int) -> Iterator[Batch]:

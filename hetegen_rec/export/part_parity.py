@@ -1,5 +1,6 @@
 """The gate for graphs beside the plain one: they must score as that does, whatever it was rounded to."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -48,12 +49,12 @@ def compare_candidates(scorer: Scorer, rows: pa.Table) -> dict[str, Any]:
     return _require_equal(np.concatenate(found), np.concatenate(expected), scorer, "shared_fields")
 
 
-def compare_integers(scorer: Scorer, rows: pa.Table) -> dict[str, Any]:
+def compare_integers(scorer: Scorer, tables: Sequence[pa.Table]) -> dict[str, Any]:
     """Scores raw integers by the graph that encodes them, and through the encoder.
 
     Args:
         scorer: of an artifact with `raw_integers`.
-        rows: raw ones.
+        tables: raw rows.
 
     Returns:
         Number of scores and greatest difference.
@@ -62,8 +63,10 @@ def compare_integers(scorer: Scorer, rows: pa.Table) -> dict[str, Any]:
         ConfigError: a numeric field holds fractions.
         ParityError: they differ.
     """
-    found = scorer.score_integers(*integers_of(Layout(scorer.artifact.manifest.features), rows))
-    return _require_equal(found, scorer.score(rows), scorer, "raw_integers")
+    layout = Layout(scorer.artifact.manifest.features)
+    found = np.concatenate([scorer.score_integers(*integers_of(layout, rows)) for rows in tables])
+    expected = np.concatenate([scorer.score(rows) for rows in tables])
+    return _require_equal(found, expected, scorer, "raw_integers")
 
 
 def integers_of(layout: Layout, rows: pa.Table) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
@@ -99,7 +102,7 @@ def _require_equal(
     found: NDArray[np.float32], expected: NDArray[np.float32], scorer: Scorer, option: str
 ) -> dict[str, Any]:
     greatest = float(np.abs(found.astype(np.float64) - expected).max())
-    if greatest > _MOST_DIFFERENCE[scorer.artifact.manifest.dense]:
+    if not greatest <= _MOST_DIFFERENCE[scorer.artifact.manifest.dense]:  # nor is NaN
         raise ParityError(
             f"back end {scorer.backend}: the graph of `export.{option}` differs by up to {greatest:.2e} from "
             f"the scores of whole rows, on {len(found):,} of them; nothing was published. Leave "

@@ -82,7 +82,7 @@ def test_it_takes_the_place_of_an_artifact_that_is_in_use(mine: Path) -> None:
     np.testing.assert_array_equal(server.score(rows), old)
     np.testing.assert_array_equal(new, Scorer.load(mine / "next").score(rows))
     assert (old != new).any()
-    assert {path.name for path in mine.iterdir()} == {"base", "next", "delta", ".base.lock"}
+    assert {path.name for path in mine.iterdir()} == {"base", "next", "delta", ".base.lock", ".delta.lock"}
 
 
 def test_behind_a_link_it_replaces_what_the_link_names(mine: Path) -> None:
@@ -240,7 +240,7 @@ def test_a_model_that_trained_on_is_a_delta_of_the_one_before(periods: Path) -> 
     for table, (before, after) in grown.items():
         assert after - before <= delta.changed_rows[table] < after
     assert delta.patched
-    assert not {path.name for path in periods.glob(".delta.*")}
+    assert {path.name for path in periods.glob(".delta.*")} == {".delta.lock"}
 
 
 def test_applied_it_is_a_whole_export_of_the_newer_model(periods: Path, tmp_path: Path) -> None:

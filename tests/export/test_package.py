@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from multirank import run_ranks
@@ -92,6 +93,31 @@ def test_the_same_command_replaces_the_artifact_of_the_run_but_no_directory_of_o
     assert main([*arguments, "--output", str(path)]) == 2
     assert "exists already" in capsys.readouterr().err
     assert open_artifact(path).manifest.precision == "int8"
+
+
+def test_the_sample_is_of_the_rows_that_were_prepared_however_they_are_stored(directory, tmp_path):
+    rows = pq.read_table(f"{directory}/raw/valid")
+    labels = pa.array([7.0] * 50 + rows["label"].to_pylist()[50:100])
+    first = rows.slice(0, 100).set_column(rows.column_names.index("label"), "label", labels)
+    second = rows.slice(100, 100)
+    place = rows.column_names.index("segment")
+    second = second.set_column(place, "segment", second["segment"].dictionary_encode())
+    (tmp_path / "valid").mkdir()
+    pq.write_table(first, tmp_path / "valid" / "a.parquet", row_group_size=50)  # the first row group is bad
+    (tmp_path / "valid" / "b.parquet").write_bytes(b"no Parquet")
+    pq.write_table(second, tmp_path / "valid" / "c.parquet")
+    data = [
+        "data.source=null",
+        f"data.train={directory}/raw/train/*.parquet",
+        f"data.valid={tmp_path}/valid/*.parquet",
+        f"data.test={directory}/raw/test/*.parquet",
+        f"data.prepared_dir={tmp_path}/prepared",
+        "data.on_bad_shard=skip",
+    ]
+    assert export(directory, "joint", tmp_path / "artifact", *data) == 0
+    found = open_artifact(tmp_path / "artifact").manifest.parity["aten"]
+    assert found["rows"] == 150
+    assert found["greatest_difference"] < 1e-5
 
 
 @pytest.mark.parametrize(("tables", "share"), [("fp16", 0.5), ("int8", 0.31), ("int4", 0.26)])
