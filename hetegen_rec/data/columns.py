@@ -3,7 +3,8 @@
 Whatever width or encoding a shard stores, a field's values become one of
 
     integer   int64          every integer and boolean type, and whole floating-point numbers (what
-                             integers with nulls often are on disk); uint64 by its bits
+                             integers with nulls often are on disk) as far as their type tells them
+                             apart; uint64 by its bits
     string    large_string   plain, large, view and dictionary-encoded strings
     number    float64        the values of `numeric` fields, -0.0 made 0.0
 
@@ -34,6 +35,10 @@ _TYPE_NAMES: dict[pa.DataType, ValueType] = {
     pa.float64(): "number",
     pa.null(): "none",
 }
+
+
+_EXACT_BITS = {pa.float16(): 11, pa.float32(): 24, pa.float64(): 53}
+"""Whole numbers of a floating-point type are told apart below this power of two."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,22 @@ def type_in(field: Field, stored: pa.DataType) -> ValueType:
     return "integer" if _is_number(stored) and not pa.types.is_decimal(stored) else "none"
 
 
+def time_unit(stored: pa.DataType) -> str | None:
+    """The unit in which `timestamps` reads a column that is stored so; None if it can hold no time.
+
+    `integer` is whatever unit their writer had in mind.
+    """
+    if pa.types.is_dictionary(stored):
+        stored = stored.value_type
+    if pa.types.is_integer(stored):
+        return "integer"
+    if pa.types.is_date32(stored):
+        return "timestamp[s]"
+    if pa.types.is_timestamp(stored):
+        return f"timestamp[{stored.unit}]"
+    return None
+
+
 def labels(table: pa.Table, schema: Schema, first_row: int, where: str) -> npt.NDArray[np.float32]:
     """[B] labels, 0 or 1.
 
@@ -110,7 +131,8 @@ def labels(table: pa.Table, schema: Schema, first_row: int, where: str) -> npt.N
             f"{where}: label column {schema.label!r}: expected 0 and 1 as numbers or booleans, "
             f"found {array.type}; convert it"
         )
-    values: npt.NDArray[np.float64] = array.cast(pa.float64()).to_numpy(zero_copy_only=False)
+    # Large integers are rounded, not refused by Arrow: they are no labels either way.
+    values: npt.NDArray[np.float64] = array.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
     wrong = np.flatnonzero((values != 0) & (values != 1))
     if len(wrong):
         raise BadRowsError(
@@ -212,14 +234,16 @@ def _identities(values: pa.Array, rows: npt.NDArray[np.int64], field: Field, whe
 
 def _whole_numbers(values: pa.Array, rows: npt.NDArray[np.int64], field: Field, where: str) -> pa.Array:
     numbers = values.cast(pa.float64()).to_numpy(zero_copy_only=False)
-    wrong = np.flatnonzero((numbers != np.trunc(numbers)) | (np.abs(numbers) >= 2.0**63))
+    exact_bits = _EXACT_BITS[values.type]
+    wrong = np.flatnonzero((numbers != np.trunc(numbers)) | (np.abs(numbers) >= 2.0**exact_bits))
     if len(wrong):
         first = wrong[0]
         raise _bad_rows(
             field,
             where,
-            f"row {rows[first]} of the split holds {numbers[first]}; a floating-point column may hold "
-            "whole numbers only, of 64 bits; use kind `numeric` or convert it",
+            f"row {rows[first]} of the split holds {numbers[first]}; a {values.type} column may hold whole "
+            f"numbers only, below 2**{exact_bits} (it does not tell larger ones apart); write int64, with "
+            "nulls where values are missing, or use kind `numeric`",
         )
     return pa.array(numbers.astype(np.int64))
 

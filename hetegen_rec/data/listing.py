@@ -1,7 +1,7 @@
 """The row groups of a run's raw files, from one look at each file that the ranks share out."""
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -13,7 +13,7 @@ from hetegen_rec.config.data import Split
 from hetegen_rec.config.run import RunConfig
 from hetegen_rec.config.schema import Schema
 from hetegen_rec.data.bad_shards import BadShard
-from hetegen_rec.data.columns import ValueType, type_in
+from hetegen_rec.data.columns import ValueType, time_unit, type_in
 from hetegen_rec.data.raw import (
     BadRowsError,
     DataError,
@@ -41,6 +41,8 @@ class RawFile:
     """Rows of each row group; None where the file cannot be read."""
     value_types: tuple[ValueType, ...] = ()
     """Types of the schema's fields, as its columns are stored."""
+    time_unit: str | None = None
+    """Unit of the times (see `columns.time_unit`); None where they are not read, or there are none."""
     problem: str | None = None
     """Why the file cannot be used."""
 
@@ -66,13 +68,15 @@ def list_groups(config: RunConfig, files: Files, workers: Workers) -> Listing:
     """Looks at every file of a run once. A collective.
 
     Raises:
-        DataError: a file cannot be used and bad ones are not skipped, or a split has no rows.
+        DataError: a file cannot be used and bad ones are not skipped, a split has no rows, or files store
+            times in different units.
     """
     paths = list(dict.fromkeys(path for split in files.values() for path in split))
     with workers.together("checking the raw files"):
         for path in paths:
             _check_mode(path, config)
     found = look_at(paths, config.features, workers, skip=config.data.on_bad_shard == "skip")
+    _require_one_time_unit(config.features, [(path, found[path].time_unit) for path in paths])
     groups: Groups = {}
     bad: list[BadShard] = []
     for split, names in files.items():
@@ -148,7 +152,29 @@ def _look(path: str, schema: Schema, *, labelled: bool, skip: bool) -> RawFile:
         if not skip:
             raise
         return RawFile(group_rows, problem=str(error))
-    return RawFile(group_rows, _value_types(schema, shape.schema.remove_metadata()))
+    stored = shape.schema.remove_metadata()
+    unit = _time_unit(path, schema, stored) if labelled else None
+    return RawFile(group_rows, _value_types(schema, stored), unit)
+
+
+def _time_unit(path: str, schema: Schema, stored: pa.Schema) -> str | None:
+    if schema.timestamp is None:
+        return None
+    return "integer" if is_csv(path) else time_unit(stored.field(schema.timestamp).type)
+
+
+def _require_one_time_unit(schema: Schema, units: Iterable[tuple[str, str | None]]) -> None:
+    """Times are read as numbers in their column's unit: those of two units have no order."""
+    first_of_unit: dict[str, str] = {}
+    for path, unit in units:
+        if unit is not None:
+            first_of_unit.setdefault(unit, path)
+    if len(first_of_unit) > 1:
+        (unit, path), (other_unit, other), *_ = first_of_unit.items()
+        raise DataError(
+            f"timestamp column {schema.timestamp!r}: {path} stores {unit}, {other} stores {other_unit}; "
+            "write all files of a run in one unit"
+        )
 
 
 def _bad_files(split: Split, paths: Sequence[str], found: dict[str, RawFile]) -> list[BadShard]:

@@ -115,6 +115,16 @@ def test_context_columns_know_training_rows_of_raw_values() -> None:
     assert encoded["__label"] == [0.0] * 4
 
 
+def test_whole_floats_that_their_type_tells_apart_are_integers() -> None:
+    doubles = table_of({}, {}).set_column(
+        TYPES.get_field_index("place"), "place", pa.array([5.0, 2.0**53 - 1])
+    )
+    assert (
+        ENCODER.encode(doubles, 0, "here")["place"].to_pylist()
+        == encode({"place": 5}, {"place": 2**53 - 1})["place"]
+    )
+
+
 def test_hashed_ids_are_those_that_torch_computes() -> None:
     values = [1, -5, 2**62]
     encoded = encode(*({"place": v} for v in values))
@@ -203,6 +213,13 @@ def test_values_behind_a_null_list_are_left_out() -> None:
         ("item", pa.array(["5"]), "here: column 'item' .* holds string values, but the training rows"),
         ("item", pa.array([5.5]), "here: column 'item' .* whole numbers only"),
         (
+            "item",
+            pa.array([2.0**53]),
+            r"row 100 .* double column .* below 2\*\*53 .* write int64, with nulls",
+        ),
+        ("item", pa.array([-(2.0**24)], pa.float32()), r"a float column .* below 2\*\*24"),
+        ("item", pa.array([2048.0]).cast(pa.float16()), r"a halffloat column .* below 2\*\*11"),
+        (
             "price",
             pa.array(["9"]),
             "here: column 'price' of numeric field 'price': expected numbers, found str",
@@ -217,6 +234,7 @@ def test_values_behind_a_null_list_are_left_out() -> None:
         ("y", pa.array([2]), r"here: label column 'y': row 100 of the split holds 2, expected 0 or 1"),
         ("y", pa.array([None], pa.int8()), "row 100 of the split holds None"),
         ("y", pa.array([float("nan")]), "row 100 of the split holds nan"),
+        ("y", pa.array([1700000000000000001]), "row 100 of the split holds 1700000000000000001, expected 0"),
         ("y", pa.array(["1"]), "label column 'y': expected 0 and 1 as numbers or booleans, found string"),
     ],
 )

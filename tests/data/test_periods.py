@@ -143,6 +143,20 @@ def test_a_row_without_a_time_is_named(tmp_path: Path) -> None:
         cut(timed_config(tmp_path), tmp_path / "periods")
 
 
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+def test_files_with_times_in_different_units_are_refused(tmp_path: Path, policy: str) -> None:
+    write_log(tmp_path)
+    newer = timed_rows(np.arange(20) + 9000)
+    place = newer.column_names.index("at")
+    newer = newer.set_column(place, "at", newer["at"].cast(pa.timestamp("ms")))
+    pq.write_table(newer, tmp_path / "test" / "part.parquet")
+    config = timed_config(tmp_path, periods=4)
+    data = config.data.model_copy(update={"on_bad_shard": policy})
+    message = r"'at': .*train/part\.parquet stores integer, .*test/part\.parquet stores timestamp\[ms\]"
+    with pytest.raises(DataError, match=message):
+        cut(config.model_copy(update={"data": data}), tmp_path / "periods")
+
+
 def test_a_schema_without_a_timestamp_is_refused(tmp_path: Path) -> None:
     write_log(tmp_path)
     with pytest.raises(ConfigError, match=r"features\.timestamp"):

@@ -127,6 +127,49 @@ def test_csv_gives_the_encoded_rows_of_parquet_with_strings(raw) -> None:
         prepare(config_for(raw, features, prepared_dir=f"{raw}/fly", encode="on_the_fly", **paths), Alone())
 
 
+TIMES = {
+    "int32": pa.int32(),
+    "int64": pa.int64(),
+    "date32": pa.date32(),
+    "milliseconds": pa.timestamp("ms"),
+    "milliseconds with a zone": pa.timestamp("ms", "UTC"),
+    "microseconds": pa.timestamp("us"),
+    "nothing": pa.null(),
+}
+
+
+def timed(raw: Path, older: str, newer: str) -> RunConfig:
+    """Training rows with times as two types: those of the first file, and those of the others."""
+    for split in ("train", "valid", "test"):
+        for path in sorted((raw / split).iterdir()):
+            table = pq.read_table(path)
+            kind = TIMES[older if path == raw / "train" / "part-0.parquet" else newer]
+            days = pa.array(range(len(table)), pa.int32())
+            values = pa.nulls(len(table)) if pa.types.is_null(kind) else days
+            if pa.types.is_timestamp(kind):
+                values = days.cast(pa.date32())
+            pq.write_table(table.append_column("at", values.cast(kind)), path)
+    return config_for(raw, FEATURES | {"timestamp": "at"})
+
+
+@pytest.mark.parametrize(
+    ("older", "newer"),
+    [("int32", "int64"), ("milliseconds", "milliseconds with a zone"), ("date32", "nothing")],
+)
+def test_times_of_one_unit_may_be_stored_as_several_types(raw, older, newer) -> None:
+    assert prepare(timed(raw, older, newer), Alone()).num_rows == 140
+
+
+@pytest.mark.parametrize(("older", "newer"), [("int64", "date32"), ("microseconds", "date32")])
+def test_times_of_two_units_are_refused(raw, older, newer) -> None:
+    units = r"train/part-0\.parquet stores \S+, .*train/part-2\.parquet stores timestamp\[s\]; write all"
+    config = timed(raw, older, newer)
+    results = World(2).run(lambda workers: prepare(config, workers))
+    for result in results:
+        with pytest.raises(DataError, match=units):
+            raise result
+
+
 def test_progress_counts_every_row_of_both_passes(raw) -> None:
     told: list[tuple[str, int, int]] = []
     prepare(config_for(raw), Alone(), lambda *step: told.append(step))

@@ -134,7 +134,7 @@ HOSTILE = (
         "id that is out of range",
         "train/c",
         with_value("item", 1e30),
-        ("row group 1", "'item'", "row 53 ", "1e+30", "64 bits"),
+        ("row group 1", "'item'", "row 53 ", "1e+30", "2**53"),
         (1,),
     ),
     Hostile(
