@@ -7,6 +7,7 @@ SHELL := bash
 MAKEFLAGS += --no-print-directory
 
 ACCELERATOR ?= cpu
+DATA_ROOT ?= ../shared/data
 N ?= 30
 PYTHON ?= python3.11 python3.12 python3.10 python3
 VENV := .venv
@@ -15,8 +16,9 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check -qq install --no-de
 USE_VENV := export PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 
 # Both go on where they were stopped. The large one may replace the page that is kept.
-EVIDENCE = python -m benchmarks.evidence benchmarks/evidence.yaml --results benchmarks/results/evidence.md
-QUICK_EVIDENCE = python -m benchmarks.evidence benchmarks/evidence_quick.yaml --out runs/evidence_quick
+COMPARE = python -m benchmarks.evidence --data-root $(DATA_ROOT)
+EVIDENCE = $(COMPARE) benchmarks/evidence.yaml --results benchmarks/results/evidence.md
+QUICK_EVIDENCE = $(COMPARE) benchmarks/evidence_quick.yaml --out runs/evidence_quick
 
 # One stamp for each thing installed, so that only what changed is installed again.
 REQUIREMENTS := $(VENV)/.requirements-$(ACCELERATOR)
@@ -31,7 +33,7 @@ endif
 .PHONY: help setup server demo test lint chaos evidence clean
 
 help:  ## this list
-	@echo "make TARGET [ACCELERATOR=cpu|cuda] [PYTHON=python3.x] [N=30] [QUICK=1] [RECORDS=file]"
+	@echo "make TARGET [ACCELERATOR=cpu|cuda] [PYTHON=python3.x] [N=30] [QUICK=1] [RECORDS=file] [DATA_ROOT=dir]"
 	sed -nE 's/^([a-z]+):[^#]*## (.*)/  \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 12
 
 setup: $(PACKAGE)  ## build .venv with everything pinned
@@ -56,7 +58,7 @@ chaos: setup  ## kill N trainings at random moments; each must end like an undis
 	@$(USE_VENV)
 	python -m benchmarks.chaos --trials $(N)
 
-evidence: setup  ## compare the methods on every data set, in hours; QUICK=1: a small grid, in minutes; RECORDS: runs that count
+evidence: setup  ## compare the methods on every data set in DATA_ROOT, in hours; QUICK=1: a small grid, in minutes; RECORDS: runs that count
 	@$(USE_VENV)
 	$(if $(QUICK),$(QUICK_EVIDENCE),$(EVIDENCE)) $(addprefix --records ,$(RECORDS))
 

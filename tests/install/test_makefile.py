@@ -103,6 +103,14 @@ def test_other_accelerator_starts_a_new_environment(installed):
     assert "-m venv --clear .venv" in (installed / "calls").read_text()
 
 
+@pytest.mark.parametrize("quick", [[], ["QUICK=1"]])
+def test_evidence_looks_for_data_where_it_is_told(checkout, quick):
+    default = make(checkout, "--dry-run", "evidence", *quick)
+    assert "--data-root ../shared/data benchmarks/evidence" in default.stdout
+    told = make(checkout, "--dry-run", "evidence", "DATA_ROOT=logs", *quick)
+    assert "--data-root logs benchmarks/evidence" in told.stdout
+
+
 def test_clean_keeps_data_and_runs(installed):
     for directory in ("data", "runs"):
         (installed / directory).mkdir()
