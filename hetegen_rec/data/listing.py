@@ -18,8 +18,10 @@ from hetegen_rec.data.raw import (
     BadRowsError,
     DataError,
     RowGroup,
+    by_real_path,
     check_columns,
     column_keys,
+    expand_paths,
     is_csv,
     read_shape,
     row_groups,
@@ -62,6 +64,21 @@ class Listing:
     """Files that cannot be used, where they are skipped."""
     stored_types: dict[str, ValueType]
     """The type that most training rows have on disk for the values on each table, by its owner."""
+
+
+def find_files(config: RunConfig) -> Files:
+    """The raw files of every split.
+
+    Raises:
+        DataError: a path of `data` stands for no file, or rows to measure on are trained on too.
+    """
+    files: Files = {split: expand_paths(config.data.raw_paths(split)) for split in config.splits()}
+    trained = by_real_path(files["train"])
+    for split in (name for name in files if name != "train"):
+        for real, path in by_real_path(files[split]).items():
+            if real in trained:
+                raise DataError(f"{path} stands in `data.train` and in `data.{split}`; take it off one")
+    return files
 
 
 def list_groups(config: RunConfig, files: Files, workers: Workers) -> Listing:

@@ -33,9 +33,9 @@ from hetegen_rec.config.run import RunConfig
 from hetegen_rec.config.schema import Schema
 from hetegen_rec.data.accumulators import Histogram
 from hetegen_rec.data.columns import timestamps
-from hetegen_rec.data.listing import Files, Groups, list_groups
+from hetegen_rec.data.listing import Files, Groups, find_files, list_groups
 from hetegen_rec.data.manifest import input_fingerprint
-from hetegen_rec.data.raw import BadRowsError, DataError, RowGroup, expand_paths, list_row_groups
+from hetegen_rec.data.raw import BadRowsError, DataError, RowGroup, list_row_groups
 from hetegen_rec.data.raw_parts import RawParts, raw_pattern
 from hetegen_rec.data.row_pass import Progress, RowPass, Use, silent
 from hetegen_rec.data.workers import Workers
@@ -127,7 +127,7 @@ def cut_periods(config: RunConfig, directory: Path, workers: Workers, progress: 
             "names none"
         )
     with workers.together("finding the raw files"):
-        files: Files = {split: expand_paths(config.data.raw_paths(split)) for split in config.splits()}
+        files = find_files(config)
         cut_from = _described(config, files)
         known = _read_cut(directory, cut_from)
     # Rank 0's view counts: files may appear while the ranks look.

@@ -38,7 +38,7 @@ from hetegen_rec.data.bad_shards import BadShard, summary, warn_of
 from hetegen_rec.data.columns import ValueType
 from hetegen_rec.data.encoding import VOCABULARY_DIR, Encoder, vocabulary_path
 from hetegen_rec.data.growth import KeptIds
-from hetegen_rec.data.listing import Files, Groups, Listing, list_groups, look_at, require_rows
+from hetegen_rec.data.listing import Files, Groups, Listing, find_files, list_groups, look_at, require_rows
 from hetegen_rec.data.manifest import (
     MANIFEST_FILE,
     Manifest,
@@ -148,7 +148,7 @@ def _find_files(config: RunConfig, workers: Workers) -> tuple[Files, Fingerprint
     found = None
     with workers.together("finding the raw files"):
         if workers.rank == 0:
-            files: Files = {split: expand_paths(config.data.raw_paths(split)) for split in config.splits()}
+            files = find_files(config)
             kept = KeptIds(config.data, config.features).described
             of_input = input_fingerprint(config.data, files, kept)
             found = files, (schema_fingerprint(config.features), of_input)

@@ -13,11 +13,13 @@ says. Changed bytes of a page without a checksum may read as other values, which
 """
 
 import glob
+import os
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path, PurePath
 from typing import Any, TypeAlias
 
@@ -90,16 +92,32 @@ def is_csv(path: str) -> bool:
 def expand_paths(patterns: Sequence[str]) -> list[str]:
     """The files that paths and globs stand for: sorted within a pattern, patterns in their order.
 
+    A file counts once, by the first of its names.
+
     Raises:
-        DataError: a pattern matches no file.
+        DataError: a pattern matches no file, or is a URL that cannot be opened here.
     """
-    found: dict[str, None] = {}
+    found: list[str] = []
     for pattern in patterns:
         matches = _glob(pattern)
         if not matches:
             raise DataError(f"no file matches {pattern!r}; check the paths under `data`")
-        found.update(dict.fromkeys(matches))
-    return list(found)
+        found += matches
+    return list(by_real_path(found).values())
+
+
+def by_real_path(paths: Iterable[str]) -> dict[str, str]:
+    """Paths by the absolute ones without symbolic links; the first of those of one file. URLs as they are."""
+    real_directory = lru_cache(maxsize=None)(os.path.realpath)
+    found: dict[str, str] = {}
+    for path in paths:
+        real = path
+        if "://" not in path:
+            # Most files of a log lie side by side, and to resolve a path is to ask for each of its parts.
+            directory, name = os.path.split(path)
+            real = os.path.realpath(path) if os.path.islink(path) else f"{real_directory(directory)}/{name}"
+        found.setdefault(real, path)
+    return found
 
 
 def read_shape(path: str) -> FileShape:
@@ -198,7 +216,10 @@ def iter_tables(group: RowGroup, schema: Schema, *, labelled: bool = True) -> It
 def _glob(pattern: str) -> list[str]:
     if "://" not in pattern:
         return sorted(glob.glob(pattern, recursive=True))
-    filesystem, path = fsspec.core.url_to_fs(pattern)
+    try:
+        filesystem, path = fsspec.core.url_to_fs(pattern)
+    except (ImportError, ValueError) as error:
+        raise DataError(f"{pattern}: {error}; name paths, or URLs that fsspec can open here") from error
     return sorted(filesystem.unstrip_protocol(match) for match in filesystem.glob(path))
 
 

@@ -182,6 +182,21 @@ def test_progress_counts_every_row_of_both_passes(raw) -> None:
     }
 
 
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_a_file_of_train_and_another_split_is_refused(raw, split) -> None:
+    (raw / "linked.parquet").symlink_to(raw / "train" / "part-2.parquet")
+    config = config_for(raw, **{split: [f"{raw}/{split}/*.parquet", f"{raw}/linked.parquet"]})
+    message = rf"linked\.parquet stands in `data\.train` and in `data\.{split}`; take it off one"
+    with pytest.raises(DataError, match=message):
+        prepare(config, Alone())
+    assert not (raw / "prepared").exists()
+
+
+def test_valid_and_test_may_be_the_same_rows(raw) -> None:
+    prepare(config_for(raw, test=f"{raw}/valid/*.parquet"), Alone())
+    assert encoded(raw, "test").equals(encoded(raw, "valid"))
+
+
 def spoil_label(raw: Path) -> None:
     table = rows(20, 0)
     pq.write_table(table.set_column(0, "y", pa.array([0] * 19 + [2])), raw / "valid" / "part-0.parquet")

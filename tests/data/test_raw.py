@@ -1,9 +1,11 @@
+import re
 from pathlib import Path
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.registry import known_implementations
 
 from hetegen_rec.config import Schema
 from hetegen_rec.data.raw import (
@@ -59,6 +61,24 @@ def test_row_groups_number_the_rows_of_the_split_over_sorted_files(tmp_path) -> 
 def test_patterns_keep_their_order_and_a_file_counts_once(tmp_path) -> None:
     b, a = write(tmp_path / "b.parquet", 1), write(tmp_path / "a.parquet", 1)
     assert expand_paths([b, f"{tmp_path}/*.parquet"]) == [b, a]
+
+
+def test_a_file_of_two_names_counts_once_by_the_first(tmp_path) -> None:
+    (tmp_path / "here").mkdir()
+    path = write(tmp_path / "here" / "a.parquet", 1)
+    (tmp_path / "there").symlink_to(tmp_path / "here")
+    (tmp_path / "link.parquet").symlink_to(path)
+    names = [f"{tmp_path}/{name}" for name in ("here/../here/a.parquet", "there/*", "link.parquet")]
+    assert expand_paths([path, *names]) == [path]
+    assert expand_paths([*names, path]) == names[:1]
+
+
+@pytest.mark.parametrize("url", ["unknown://bucket/*.parquet", "lacking://bucket/*.parquet"])
+def test_a_url_that_cannot_be_opened_here_is_named(monkeypatch, url) -> None:
+    lacking = {"class": "no_such_package.FileSystem", "err": "install no_such_package"}
+    monkeypatch.setitem(known_implementations, "lacking", lacking)
+    with pytest.raises(DataError, match=rf"{re.escape(url)}: .*; name paths, or URLs that fsspec can open"):
+        expand_paths([url])
 
 
 def test_files_of_any_file_system_known_to_fsspec_are_read() -> None:
