@@ -5,11 +5,11 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
-import yaml
 from pydantic import Field, PositiveInt, ValidationError, model_validator
 
 from hetegen_rec.config.errors import ConfigError, Section
 from hetegen_rec.config.incremental import IncrementalStage, Way
+from hetegen_rec.config.loading import explain, read_yaml
 from hetegen_rec.config.run import Stage
 
 Overrides: TypeAlias = dict[str, Any]
@@ -247,12 +247,9 @@ def load_grid(path: str | Path) -> Grid:
         ConfigError: no such file, or not a grid; the message names the key.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        return Grid.model_validate(values)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, ValidationError) as error:
-        raise ConfigError(f"{path}: {error}") from error
+        return Grid.model_validate(read_yaml(path))
+    except ValidationError as error:
+        raise ConfigError(explain(error, str(path), Grid)) from error
 
 
 def as_arguments(overrides: Overrides, click_stage: Stage) -> list[str]:
@@ -265,5 +262,5 @@ def _expand(key: str, click_stage: Stage) -> str:
 
 
 def _text(value: Any) -> str:
-    # Text passes as it is: `1e-5` is text to YAML's own reader, and a number to that of a run.
+    # Text passes as it is, to be read as YAML again.
     return value if isinstance(value, str) else json.dumps(value)

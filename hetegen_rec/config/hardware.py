@@ -123,10 +123,11 @@ def load_hardware(name: str) -> HardwareProfile:
             text = _PROFILES.joinpath(f"{name}.yaml").read_text(encoding="utf-8")
         else:
             text = Path(name).read_text(encoding="utf-8")
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error.reason
         raise ConfigError(
             f"plan.hardware: {name} is neither a shipped profile ({', '.join(shipped_profiles())}) nor a "
-            f"file that can be read: {error.strerror}"
+            f"file that can be read: {reason}"
         ) from error
     values = parse_yaml(text, f"plan.hardware: {name}")
     try:

@@ -16,12 +16,14 @@ from hetegen_rec.config.run import RunConfig
 class _Loader(yaml.SafeLoader):
     """SafeLoader that reads 1e-3 as a number and refuses a key that stands twice."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        # Here a mapping is as it was written; later it may hold the keys of those that it takes in by `<<`.
+        node = super().compose_mapping_node(anchor)
+        keys = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for tag, key in keys:
+            if keys.count((tag, key)) > 1:
                 raise ConfigError(f"key {key!r} stands twice (line {node.start_mark.line + 1})")
-        return super().construct_mapping(node, deep)
+        return node
 
 
 _FLOAT = r"^[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d+)(?:[eE][-+]?\d+)$"
@@ -49,12 +51,16 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """The nested mapping that a YAML file holds.
 
     Raises:
-        ConfigError: no such file, not YAML, or no mapping.
+        ConfigError: no such file, not UTF-8, not YAML, or no mapping.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path}: is not UTF-8 ({error.reason} at byte {error.start}); save it so"
+        ) from error
     values = parse_yaml(text, str(path))
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected `key: value` lines at the top level")

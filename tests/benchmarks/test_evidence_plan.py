@@ -69,7 +69,7 @@ BAD_GRIDS = {
         {"incremental": {"seeds": 1, "data_sets": {"taobao": {}}}},
         r"`incremental.data_sets: taobao` is none of: ads, shop",
     ),
-    "an unknown key": ({"sedes": 3}, "sedes"),
+    "an unknown key": ({"sedes": 3}, r"sedes: unknown key \(did you mean `seeds`\?\)"),
 }
 
 UNFIT_LOGS = {
@@ -102,6 +102,14 @@ def test_a_wrong_grid_is_refused(tmp_path, case):
     changes, message = BAD_GRIDS[case]
     with pytest.raises(ConfigError, match=message):
         load(tmp_path, **changes)
+
+
+def test_a_method_that_stands_twice_is_refused(tmp_path):
+    load(tmp_path)
+    with (tmp_path / "grid.yaml").open("a") as file:
+        file.write("methods: {scratch: {title: Other, stages: [joint]}}\n")
+    with pytest.raises(ConfigError, match=r"key 'methods' stands twice"):
+        load_grid(tmp_path / "grid.yaml")
 
 
 def test_pretraining_must_leave_epochs_to_fine_tuning(tmp_path):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hetegen_rec.config import ConfigError, load_config, save_config
-from hetegen_rec.config.loading import parse_config
+from hetegen_rec.config.loading import parse_config, parse_yaml
 from hetegen_rec.config.run import StageConfig
 
 TEXT = """
@@ -118,6 +118,33 @@ def test_key_that_stands_twice_is_an_error_not_the_last_value(tmp_path):
     path.write_text("name: a\nname: b\n")
     with pytest.raises(ConfigError, match="key 'name' stands twice"):
         load_config(path)
+
+
+def test_a_section_may_take_in_others(config_path):
+    stages = """
+stages:
+  pretrain: &long {epochs: 9, table_lr: 0.5}
+  finetune: &short {<<: *long, epochs: 1}
+  scratch: {<<: *short, table_lr: 0.1}
+"""
+    config_path.write_text(TEXT + stages)
+    found = load_config(config_path).stages
+    assert (found.finetune.epochs, found.finetune.table_lr) == (1, 0.5)
+    assert (found.scratch.epochs, found.scratch.table_lr) == (1, 0.1)
+    config_path.write_text(TEXT + stages.replace("table_lr: 0.1", "epochs: 1, epochs: 2"))
+    with pytest.raises(ConfigError, match=r"key 'epochs' stands twice \(line 19\)"):
+        load_config(config_path)
+
+
+def test_a_section_may_take_in_one_that_lies_deeper():
+    text = "base: &base {a: 1, b: 2}\nx: {y: {z: &z {<<: *base, a: 3}}}\nw: {<<: *z}\n"
+    assert parse_yaml(text, "here")["w"] == parse_yaml(text, "here")["x"]["y"]["z"] == {"a": 3, "b": 2}
+
+
+def test_file_that_is_not_utf_8_is_named(config_path):
+    config_path.write_bytes(TEXT.replace("demo", "d\u00e9mo").encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"run\.yaml: is not UTF-8 \(invalid .* at byte \d+\); save it so"):
+        load_config(config_path)
 
 
 @pytest.mark.parametrize("text", ["", "- a list\n", "just text\n"])

@@ -71,6 +71,13 @@ def test_an_unknown_profile_lists_the_shipped_ones() -> None:
         load_hardware("b900")
 
 
+def test_a_profile_that_is_not_utf_8_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(b"# \xe9\n" + CUDA.encode())
+    with pytest.raises(ConfigError, match=r"mine\.yaml is neither .* nor a file that can be read: invalid"):
+        load_hardware(str(path))
+
+
 @pytest.mark.parametrize("world", ["8", "2x", "0x8", "2x8x2", "two"])
 def test_a_world_is_hosts_times_ranks(world: str) -> None:
     assert PlanConfig(world="2x8").parsed_world == World(2, 8)
