@@ -1,5 +1,6 @@
 """Where rows come from and how they are read: the section `data` of a run."""
 
+import glob
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -75,7 +76,7 @@ class DataConfig(Section):
         if not isinstance(values, dict) or not values.get("source") or not values.get("raw_dir"):
             return values
         for split in ("train", "valid", "test"):
-            values.setdefault(split, (f"{values['raw_dir']}/{split}/*.parquet",))
+            values.setdefault(split, (f"{glob.escape(str(values['raw_dir']))}/{split}/*.parquet",))
         return values
 
     @model_validator(mode="after")

@@ -93,7 +93,7 @@ class Periods:
         """Globs of the raw rows of some parts of a period, by default both; in order of time."""
         num_rows = self.periods[number - 1].rows_of
         return [
-            raw_pattern(_part_directory(self.directory, number, part) / "*")
+            raw_pattern(_part_directory(self.directory, number, part), "*/")
             for part in parts or _PARTS
             if num_rows(part)
         ]

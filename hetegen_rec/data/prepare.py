@@ -213,16 +213,21 @@ def _one_job(config: RunConfig, workers: Workers) -> Iterator[None]:
 def _try_lock(config: RunConfig, held: ExitStack) -> str | None:
     """Takes the lock, or says who has it."""
     try:
-        held.enter_context(directory_lock(Path(config.data.prepared_dir)))
+        held.enter_context(directory_lock(_final_directory(config)))
     except LockedError as error:
         return str(error)
     return None
 
 
+def _final_directory(config: RunConfig) -> Path:
+    """`data.prepared_dir` without symbolic links, because it is replaced by renaming."""
+    return Path(config.data.prepared_dir).resolve()
+
+
 @contextmanager
 def _staged(config: RunConfig, workers: Workers) -> Iterator[Path]:
     """A directory beside the final one that takes its place at the end, or goes if anything fails."""
-    final = Path(config.data.prepared_dir)
+    final = _final_directory(config)
     partial = final.with_name(f".{final.name}.partial")
     try:
         with workers.together("making the output directory"):

@@ -1,5 +1,6 @@
 """The row groups of a prepared run's splits, for readers: of its encoded shards, or of the raw files."""
 
+import glob
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def prepared_row_groups(config: RunConfig, split: Split) -> list[RowGroup]:
     if config.data.encode == "on_the_fly":
         groups = _read_row_groups(directory / ROW_GROUPS_FILE, split)
     else:
-        groups = list_row_groups([f"{directory}/{split}/*.parquet"])
+        groups = list_row_groups([f"{glob.escape(str(directory))}/{split}/*.parquet"])
     expected = read_manifest(directory).num_rows[split]
     if num_rows_of(groups) != expected:
         raise DataError(

@@ -1,5 +1,6 @@
 """Raw rows copied into Parquet files, of which any number of ranks write their own."""
 
+import glob
 from pathlib import Path
 
 import pyarrow as pa
@@ -40,6 +41,11 @@ class RawParts:
             parts.close()
 
 
-def raw_pattern(directory: Path) -> str:
-    """The glob of all files that `RawParts` of any ranks wrote to a directory."""
-    return f"{directory}/types-*/part-*.parquet"
+def raw_pattern(directory: Path, inside: str = "") -> str:
+    """The glob of all files that `RawParts` of any ranks wrote to a directory.
+
+    Args:
+        directory: by its name, whatever that holds.
+        inside: a glob of those of its directories that were written to instead, ending in `/`.
+    """
+    return f"{glob.escape(str(directory))}/{inside}types-*/part-*.parquet"

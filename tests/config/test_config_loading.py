@@ -132,7 +132,7 @@ stages:
     assert (found.finetune.epochs, found.finetune.table_lr) == (1, 0.5)
     assert (found.scratch.epochs, found.scratch.table_lr) == (1, 0.1)
     config_path.write_text(TEXT + stages.replace("table_lr: 0.1", "epochs: 1, epochs: 2"))
-    with pytest.raises(ConfigError, match=r"key 'epochs' stands twice \(line 19\)"):
+    with pytest.raises(ConfigError, match=r"key 'epochs' stands twice \(line 20\)"):
         load_config(config_path)
 
 

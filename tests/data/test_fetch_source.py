@@ -4,7 +4,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from hetegen_rec.config import ConfigError, load_config
-from hetegen_rec.config.data import SourceConfig
+from hetegen_rec.config.data import DataConfig, SourceConfig
+from hetegen_rec.data.raw import expand_paths
 from hetegen_rec.data.sources import SourceError, fetch_source, synthetic
 from hetegen_rec.data.sources.raw_shards import shard_rows, split_rows
 
@@ -22,6 +23,13 @@ def test_complete_data_are_left_untouched(tmp_path):
     before = snapshot(tmp_path / "raw")
     fetch_source(source(), tmp_path / "raw")
     assert snapshot(tmp_path / "raw") == before
+
+
+def test_a_configuration_finds_them_in_a_directory_called_what_a_glob_is(tmp_path):
+    raw_dir = f"{tmp_path}/raw[1]*"
+    config = DataConfig(source=source(), raw_dir=raw_dir, prepared_dir=f"{tmp_path}/prepared")
+    fetch_source(config.source, raw_dir)
+    assert all(expand_paths(config.raw_paths(split)) for split in ("train", "valid", "test"))
 
 
 @pytest.mark.parametrize("change", [{"rows": 200}, {"id_cardinality": 30}, {"seed": 1}])

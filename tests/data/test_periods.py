@@ -79,6 +79,12 @@ def test_a_row_keeps_all_its_values(tmp_path: Path) -> None:
         assert {**other, "price": pytest.approx(row["price"])} == row
 
 
+def test_periods_are_found_in_a_directory_called_what_a_glob_is(tmp_path: Path) -> None:
+    write_log(tmp_path)
+    found = cut(timed_config(tmp_path, periods=4), tmp_path / "periods[1]*")
+    assert sum(len(times_in(found.files(one.number))) for one in found.periods) == NUM_ROWS
+
+
 def test_nothing_is_cut_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_log(tmp_path)
     config = timed_config(tmp_path, periods=4)

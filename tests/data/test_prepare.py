@@ -290,6 +290,18 @@ def test_a_job_waits_for_another_one_that_prepares_the_same(raw, monkeypatch, ca
     assert [result.num_rows for result in results] == [140] * 4
 
 
+@pytest.mark.parametrize("prepared_before", [True, False])
+def test_a_link_to_another_disk_stays_one(raw, prepared_before) -> None:
+    (raw / "disk").mkdir()
+    if prepared_before:
+        prepare(config_for(raw, prepared_dir=f"{raw}/disk/there", encode="on_the_fly"), Alone())
+    (raw / "prepared").symlink_to(raw / "disk" / "there")
+    prepare(config_for(raw), Alone())
+    assert (raw / "prepared").readlink() == raw / "disk" / "there"
+    assert encoded(raw, "train", "disk/there").num_rows == 140
+    assert {path.name for path in (raw / "disk").iterdir()} == {"there", ".there.lock"}
+
+
 def test_a_directory_that_prepare_did_not_write_is_not_replaced(raw) -> None:
     (raw / "prepared").mkdir()
     (raw / "prepared" / "thesis.tex").write_text("years of work")

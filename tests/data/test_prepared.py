@@ -57,6 +57,11 @@ def test_else_they_are_those_of_the_encoded_shards(tmp_path) -> None:
     assert Path(first.path).parent == tmp_path / "prepared" / "train"
 
 
+def test_a_directory_may_be_called_what_a_glob_is(tmp_path) -> None:
+    config = prepared(tmp_path, prepared_dir=f"{tmp_path}/sweep[1]*")
+    assert sum(group.num_rows for group in prepared_row_groups(config, "train")) == 9
+
+
 def test_a_lost_shard_is_noticed(tmp_path) -> None:
     config = prepared(tmp_path, rows_per_group=5)
     shard = tmp_path / "prepared" / "train" / "part-00000-00000.parquet"
