@@ -1,5 +1,6 @@
 """From a configuration to a sharded model and its readers: what training and scoring share."""
 
+import glob
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,7 +148,7 @@ def open_encoded(config: RunConfig, directory: Path, statistics: Statistics, run
     batcher = Batcher(config.features, statistics)
     ranks = runtime.world_size
     return Reader(
-        list_row_groups([f"{directory}/*.parquet"]),
+        list_row_groups([f"{glob.escape(str(directory))}/*.parquet"]),
         batcher,
         rank=runtime.rank,
         world_size=ranks,
