@@ -12,7 +12,6 @@ import os
 import platform
 import shutil
 import statistics
-import subprocess
 import sys
 import textwrap
 import time
@@ -27,7 +26,7 @@ import torch
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint.state_dict_saver import save as save_synchronously
 
-from benchmarks.machine import processor
+from benchmarks.machine import commit, processor
 from hetegen_rec.config.run import RunConfig
 from hetegen_rec.data.cursor import Cursor
 from hetegen_rec.distributed.optimizers import make_optimizer
@@ -259,11 +258,8 @@ def _line(what: str, unit: str, values: Sequence[float]) -> str:
 def _how_made(runtime: Runtime, arguments: Sequence[str]) -> list[str]:
     """The command, the commit and the machine."""
     command = ["torchrun", "--nproc-per-node", str(runtime.world_size), "-m", "benchmarks.checkpoint_pause"]
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    ).stdout.strip()
     text = (
-        f"`{' '.join([*command, *arguments])}` at commit {commit or 'unknown'}, on "
+        f"`{' '.join([*command, *arguments])}` at commit {commit()}, on "
         f"{os.cpu_count()} cores of {processor()} with {torch.get_num_threads()} thread(s) a rank, "
         f"{platform.system()} {platform.release()}, torch {torch.__version__}. Load of the machine over the "
         f"last five minutes: {os.getloadavg()[1]:.1f}."

@@ -1,7 +1,8 @@
-"""What a benchmark ran on, for its page."""
+"""What a benchmark ran on, and by what code, for its page."""
 
 import os
 import platform
+import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
@@ -12,6 +13,13 @@ def machine() -> str:
     """Cores, processor and versions in one phrase."""
     packages = ", ".join(f"{name} {version(name)}" for name in _PACKAGES)
     return f"{os.cpu_count()} cores of {processor()}, Python {platform.python_version()}, {packages}"
+
+
+def commit() -> str:
+    """The commit of the code, marked if files differ from it; `unknown` outside of a repository."""
+    command = ["git", "describe", "--always", "--dirty"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    return found or "unknown"
 
 
 def processor() -> str:

@@ -5,9 +5,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from benchmarks.throughput import runner
-
-PROGRAMS = {"checkpoint": "benchmarks.checkpoint_pause", "export": "benchmarks.export_latency"}
-"""Scenarios that time no steps, by name: modules with a `main` and options of their own."""
+from benchmarks.throughput.scenario import PROGRAMS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.machine import machine
+from benchmarks.machine import commit, machine
 from hetegen_rec.config.schema import Schema
 from hetegen_rec.data.raw import column_keys, iter_tables, list_row_groups
 from hetegen_rec.files import replace_directory
@@ -243,11 +243,8 @@ def _rows(patterns: Sequence[str], schema: Schema, columns: list[str]) -> Iterat
 
 def _how_made(arguments: Sequence[str], artifact: str) -> list[str]:
     """The command, the commit and the machine."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    ).stdout.strip()
     text = (
-        f"`python -m benchmarks.serving_load {' '.join(arguments)}` at commit {commit or 'unknown'}; "
+        f"`python -m benchmarks.serving_load {' '.join(arguments)}` at commit {commit()}; "
         f"served: {artifact}; on {machine()}."
     )
     return textwrap.wrap(text, _WIDTH, break_on_hyphens=False)

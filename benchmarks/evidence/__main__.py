@@ -19,10 +19,10 @@ from benchmarks.evidence.plan import Plan
 from benchmarks.evidence.records import Ledger, Record
 from benchmarks.evidence.running import execute, prepare
 from benchmarks.evidence.sections import sections_of
-from benchmarks.evidence.session import carry_out, commit, stopping_on_signals
+from benchmarks.evidence.session import carry_out, stopping_on_signals
 from benchmarks.evidence.summary import Summary
 from benchmarks.evidence.workers import RunError, Workers
-from benchmarks.machine import machine
+from benchmarks.machine import commit, machine
 from hetegen_rec import terminal
 from hetegen_rec.config.errors import ConfigError
 from hetegen_rec.evaluation.tables import number

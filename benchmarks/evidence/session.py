@@ -1,7 +1,6 @@
 """Many runs side by side: one a core, until all that can be done is done."""
 
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -65,12 +64,6 @@ def stopping_on_signals(workers: Workers) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def commit() -> str:
-    """The commit of the code, marked if files differ from it; empty outside of a repository."""
-    command = ["git", "describe", "--always", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 class _Progress:

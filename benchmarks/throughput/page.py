@@ -3,7 +3,6 @@
 import json
 import os
 import platform
-import subprocess
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks.evidence.tables import Table
-from benchmarks.machine import processor
+from benchmarks.machine import commit, processor
 from benchmarks.throughput.arithmetic import Ratio, Summary
 from benchmarks.throughput.limits import Bound
 from benchmarks.throughput.scenario import Scenario
@@ -86,13 +85,10 @@ class Provenance:
     @classmethod
     def here(cls, command: Sequence[str], runtime: Runtime, *, with_jobs: bool) -> "Provenance":
         """Of this process, or `with_jobs` of those that it started, whose ranks have a thread each."""
-        commit = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-        ).stdout.strip()
         launcher = ["torchrun", "--nproc-per-node", str(runtime.world_size)]
         return cls(
             command=" ".join(command if runtime.world_size == 1 else [*launcher, *command[1:]]),
-            commit=commit or "unknown",
+            commit=commit(),
             date=date.today().isoformat(),
             processor=processor(),
             cores=os.cpu_count() or 1,

@@ -72,7 +72,7 @@ def _parse(given: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="benchmarks.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("scenario", help="name of a file in benchmarks/throughput/scenarios, or a .yaml file")
+    parser.add_argument("scenario", help="a scenario by name, see docs/benchmarks.md, or a .yaml file")
     parser.add_argument("overrides", nargs="*", help="key=value for all variants; `log.` for the rows")
     parser.add_argument("--repeats", type=_positive, help="rounds over all variants")
     parser.add_argument("--steps", type=_positive, help="timed steps of a variant in a round")

@@ -22,6 +22,9 @@ TorchRec loop on batches made before, the reader alone, Arrow decoding the same 
 FuxiCTR's steps on batches in memory, in a process of its own."""
 
 SCENARIOS = Path(__file__).parent / "scenarios"
+PROGRAMS = {"checkpoint": "benchmarks.checkpoint_pause", "export": "benchmarks.export_latency"}
+"""Scenarios that time no steps, by name: modules with a `main` and options of their own."""
+
 _UNUSED = "unused"  # paths of a run configuration that no benchmark opens
 
 
@@ -124,7 +127,7 @@ def load_scenario(name_or_path: str) -> Scenario:
     """
     path = Path(name_or_path) if name_or_path.endswith(".yaml") else SCENARIOS / f"{name_or_path}.yaml"
     if not path.exists():
-        known = ", ".join(sorted(one.stem for one in SCENARIOS.glob("*.yaml")))
+        known = ", ".join(sorted([*PROGRAMS, *(one.stem for one in SCENARIOS.glob("*.yaml"))]))
         raise ConfigError(f"{name_or_path}: no such scenario; there are: {known}")
     try:
         return Scenario.model_validate(read_yaml(path))

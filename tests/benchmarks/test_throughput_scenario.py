@@ -57,7 +57,7 @@ def test_a_wrong_override_is_named(tmp_path, override, told):
 
 
 def test_a_name_that_is_no_scenario_is_told_with_those_there_are():
-    with pytest.raises(ConfigError, match=r"there are: .*step"):
+    with pytest.raises(ConfigError, match=r"there are: .*checkpoint.*export.*step"):
         load_scenario("stepp")
 
 
