@@ -18,7 +18,7 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 from torchrec.distributed import DistributedModelParallel
-from torchrec.optim.keyed import KeyedOptimizer
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer
 
 from hetegen_rec.config.schema import Schema
 from hetegen_rec.data.vocabulary import TableIdentity
@@ -256,6 +256,9 @@ class Checkpoints:
         model.load_state_dict(state["model"])
         if optimizer is not None:
             optimizer.load_state_dict(own)
+            if isinstance(optimizer, CombinedOptimizer):
+                # Fused optimizers count steps outside of their state; Adam and LAMB correct moments by it.
+                optimizer.set_optimizer_step(info.step)
 
     def grown_tables(self, info: CheckpointInfo) -> dict[str, int]:
         """The tables that have got new ids since, and their rows in the checkpoint."""

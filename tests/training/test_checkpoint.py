@@ -10,6 +10,7 @@ import pytest
 import torch
 from fsspec.implementations.local import LocalFileSystem
 from multirank import run_ranks
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer
 from toy_checkpoints import ToyCheckpoints, assert_same_state, state_of, warnings_told
 from toy_model import TABLES, Job
 
@@ -109,6 +110,23 @@ def runtime() -> Iterator[Runtime]:
 @pytest.fixture(scope="module")
 def job(runtime: Runtime) -> Job:
     return Job(runtime, "table_wise")
+
+
+def counted_steps(optimizer: KeyedOptimizer) -> list[int]:
+    """Steps that the fused optimizers say they took, by which Adam corrects its moments."""
+    if isinstance(optimizer, CombinedOptimizer):
+        return [steps for _, part in optimizer.optimizers for steps in counted_steps(part)]
+    kernel = getattr(optimizer, "_emb_module", None)
+    return [] if kernel is None else [int(kernel.iter)]
+
+
+def test_fused_optimizers_go_on_counting_steps(runtime, tmp_path):
+    written = Job(runtime, "table_wise")
+    ToyCheckpoints(tmp_path, written).save(TRAINED)
+    loaded = Job(runtime, "table_wise")
+    assert set(counted_steps(loaded.optimizer)) == {0}
+    ToyCheckpoints(tmp_path, loaded).load()
+    assert set(counted_steps(loaded.optimizer)) == {TRAINED}
 
 
 def test_a_place_without_checkpoints(job, tmp_path):
