@@ -124,7 +124,8 @@ class DigestingWriter(FsspecWriter):
     """Writes a rank's shards and notes size and SHA-256 of every file as it is written."""
 
     def __init__(self, location: str, *, sync: bool) -> None:
-        super().__init__(location, sync_files=sync)
+        # Copying ahead is for tensors of a device, and would use the first one of the host from every rank.
+        super().__init__(location, sync_files=sync, per_thread_copy_ahead=0)
         self.files: dict[str, dict[str, Any]] = {}
         """By name: `bytes` and `sha256` of what this rank wrote."""
         self.fs = _DigestingFileSystem(self.files)  # type: ignore[assignment]  # as in the base class
