@@ -1,5 +1,6 @@
 """From a configuration to a sharded model and its readers: what training and scoring share."""
 
+import gc
 import glob
 import logging
 from dataclasses import dataclass
@@ -59,6 +60,7 @@ def build_sharded(
         runtime: this process's view of the job.
         plan: one that was made before; default: the ranks agree on one.
     """
+    gc.collect()  # TorchRec's pipeline leaves an earlier model in a cycle, with all of its tables
     stage_config = config.stage(stage)
     model = build_model(
         config.features,

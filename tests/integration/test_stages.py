@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +12,14 @@ import pytest
 import torch
 from tiny_run import FIELDS, files_below, tiny_config, write_tiny
 
+from hetegen_rec import jobs
 from hetegen_rec.cli import main
 from hetegen_rec.config.run import RunConfig, Stage
 from hetegen_rec.distributed.runtime import start_runtime
 from hetegen_rec.distributed.sharding import table_weights
 from hetegen_rec.evaluation.results import read_evaluation
 from hetegen_rec.training import stages
-from hetegen_rec.training.setup import build_sharded
+from hetegen_rec.training.setup import ShardedModel, build_sharded
 
 SHORT = ["stages.pretrain.epochs=1", "stages.finetune.epochs=1", "stages.scratch.epochs=1"]
 
@@ -96,6 +98,24 @@ def test_demo_replaces_what_another_configuration_left_only_if_told_so(directory
     assert "the budget ends before" in capsys.readouterr().err
     assert run("demo", directory, "--fresh", *overrides) == 0
     assert json.loads((tmp_path / "run" / "scratch" / "done.json").read_text())["steps"] == 1
+
+
+def test_a_model_is_gone_with_its_tables_before_the_next_one_is_built(directory, tmp_path, monkeypatch):
+    """Or the tables of a stage would be there twice when it is evaluated."""
+    built: list[weakref.ref] = []
+    left: list[bool] = []
+
+    def build(*arguments: object) -> ShardedModel:
+        model = build_sharded(*arguments)
+        left.extend(earlier() is not None for earlier in built)
+        built.append(weakref.ref(model.dmp.module))
+        return model
+
+    for module in (stages, jobs):
+        monkeypatch.setattr(module, "build_sharded", build)
+    assert run("demo", directory, f"run_dir={tmp_path / 'run'}", "train.max_steps=2") == 0
+    assert len(built) == 6  # three stages, each trained and evaluated
+    assert not any(left)
 
 
 def test_finetune_starts_from_all_pretrained_weights_and_leaves_difficulty(directory, tmp_path):
