@@ -3,6 +3,7 @@
 import argparse
 import errno
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -36,6 +37,9 @@ from hetegen_rec.training.guard import NonFiniteError
 from hetegen_rec.verbs import RUN_VERBS, listed
 
 DEFAULT_CONFIG = "configs/movielens_100k.yaml"
+
+_INTERRUPTED = 130
+"""Exit code after Ctrl-C, as of shells."""
 
 USER_ERRORS = (
     ArtifactError,
@@ -79,6 +83,9 @@ _WORK: dict[str, Verb] = {
     "report": jobs.report,
     "demo": jobs.demo,
 }
+_OF_ONE_PROCESS = ("plan", "export")
+"""Verbs that start no ranks."""
+
 VERBS: dict[str, tuple[Verb, str]] = {name: (_WORK[name], text) for name, text in RUN_VERBS.items()}
 
 
@@ -101,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(verb, options)
     except KeyboardInterrupt:
-        return 130
+        return _INTERRUPTED
 
 
 def launch(verb: str) -> None:
@@ -113,7 +120,7 @@ def _parse_verb(arguments: Sequence[str]) -> str:
     parser = argparse.ArgumentParser(
         prog="hetegen",
         usage="hetegen VERB [options] [key=value ...]",
-        description=__doc__,
+        description="Trains, evaluates, exports and serves click models.",
         epilog=f"verbs:\n{listed()}\n\n`hetegen VERB --help` lists its options.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -125,17 +132,9 @@ def _parse_verb(arguments: Sequence[str]) -> str:
 def _parser_of(verb: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"hetegen {verb}", description=VERBS[verb][1])
     parser.add_argument("--config", default=DEFAULT_CONFIG, help=f"YAML file (default {DEFAULT_CONFIG})")
-    parser.add_argument(
-        "--ranks", type=int, default=1, help="processes to start on this machine (default: one)"
-    )
-    parser.add_argument(
-        "--max-restarts",
-        type=int,
-        default=0,
-        metavar="N",
-        help="how often to start all processes again when one dies; training goes on from its newest "
-        "checkpoint (default: never)",
-    )
+    parser.set_defaults(ranks=1, max_restarts=0)
+    if verb not in _OF_ONE_PROCESS:
+        _add_rank_options(parser)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.max_steps=4")
     parser.set_defaults(stage=None, checkpoint=None, split="test", input=[], output=None)
     parser.set_defaults(fresh=False, accept_changes=False, with_report=True, delta_from=None, triton=None)
@@ -175,6 +174,20 @@ def _parser_of(verb: str) -> argparse.ArgumentParser:
     return parser
 
 
+def _add_rank_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--ranks", type=int, default=1, help="processes to start on this machine (default: one)"
+    )
+    parser.add_argument(
+        "--max-restarts",
+        type=int,
+        default=0,
+        metavar="N",
+        help="how often to start all processes again when one dies; training goes on from its newest "
+        "checkpoint (default: never)",
+    )
+
+
 def _add_training_options(parser: argparse.ArgumentParser) -> None:
     earlier = parser.add_mutually_exclusive_group()
     _add_fresh(earlier)
@@ -210,9 +223,7 @@ def _add_plan_options(parser: argparse.ArgumentParser) -> None:
         choices=["pretrain", "finetune", "joint", "scratch"],
         help="the stage to plan for (default: pretrain)",
     )
-    parser.add_argument(
-        "--out", dest="output", metavar="DIR", help="where the plan goes (default: plan/ in the run's)"
-    )
+    parser.add_argument("--output", metavar="DIR", help="directory of the plan (default: plan/ in the run's)")
     parser.add_argument(
         "--rehearse",
         type=int,
@@ -266,7 +277,7 @@ def _run(verb: str, options: argparse.Namespace) -> int:
                 rehearse=options.rehearse,
             )
             with show_log(runtime.rank):
-                return _run_job(VERBS[verb][0], job)
+                return _run_to_the_end(VERBS[verb][0], job)
     except LostPeerError as error:
         _tell(error)
         return LOST_PEER
@@ -280,6 +291,24 @@ def _spelt_out(overrides: Sequence[str]) -> list[str]:
     """The overrides of `plan`, whose own section may be left out."""
     short = ("world=", "hardware=")
     return [f"plan.{one}" if one.startswith(short) else one for one in overrides]
+
+
+def _run_to_the_end(verb: Verb, job: Job) -> int:
+    """Runs a verb to its exit code. A rank that failed waits for no other (`Runtime.leave`)."""
+    try:
+        code = _run_job(verb, job)
+    except KeyboardInterrupt:
+        job.runtime.leave(_INTERRUPTED)
+        raise
+    except Exception as error:
+        if job.runtime.ends_with_others:
+            get_error_handler().record_exception(error)
+            traceback.print_exc()
+            job.runtime.leave(1)
+        raise
+    if code:
+        job.runtime.leave(code)
+    return code
 
 
 def _run_job(verb: Verb, job: Job) -> int:

@@ -6,6 +6,8 @@ The only module that reads `os.environ` and the only one that chooses the device
 import logging
 import os
 import re
+import socket
+import sys
 import threading
 import time
 import uuid
@@ -17,7 +19,7 @@ from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore, PrefixStore
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from hetegen_rec.config.errors import ConfigError
@@ -37,6 +39,9 @@ _STORE_SECONDS = 5.0  # for an answer of the job's store, where a failed rank as
 # The watchdog of a hung rank must run out before the others' collectives do, and tell its stacks.
 _WATCHDOG_FIRST = timedelta(seconds=60)
 
+# What NCCL says where another rank is gone; the same class tells of its own failures.
+_LOST_TO_NCCL = ("ncclRemoteError", "ncclSystemError", "remote process exited", "communicator was aborted")
+
 _LAUNCHER_VARIABLES = (
     "RANK",
     "WORLD_SIZE",
@@ -48,7 +53,9 @@ _LAUNCHER_VARIABLES = (
 
 _NO_NAME = "none"  # what torchrun calls a job that was given no name
 
-_FAILURE = "hetegen_rec/failure"  # key in the job's store: ranks that told of a failure
+# Keys in the job's store.
+_BACKEND = "hetegen_rec/backend"  # of rank 0
+_FAILURE = "hetegen_rec/failure"  # ranks that told of a failure
 
 
 class DistributedError(RuntimeError):
@@ -92,6 +99,15 @@ class Runtime:
         """Whether this is rank 0, which speaks and writes for all."""
         return self.rank == 0
 
+    @property
+    def ends_with_others(self) -> bool:
+        """Whether the process groups end on all ranks together, once all collectives are done.
+
+        So it is with NCCL, and a failed rank would wait for ever: what it owes to others' collectives never
+        comes. Groups of gloo end alone.
+        """
+        return self.device.type == "cuda" and self.world_size > 1
+
     def gather(self, value: T) -> list[T]:
         """The values of all ranks, in order of rank, on every rank. A collective."""
         values: list[Any] = [None] * self.world_size
@@ -129,6 +145,19 @@ class Runtime:
             if report is not None:
                 raise PeerFailedError(f"{what} failed on rank {rank}: {report}")
 
+    def leave(self, code: int) -> None:
+        """Ends this process at once, if to end in order would be to wait for ranks that wait for this one.
+
+        See `ends_with_others`; where it does not, the call returns.
+
+        Args:
+            code: exit code.
+        """
+        if self.ends_with_others:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
     def is_first_to_fail(self) -> bool:
         """Notes in the job's store that this rank failed; returns whether no other did before.
 
@@ -163,7 +192,7 @@ def start_runtime(
         This process's view of the job. The process groups end with the context.
 
     Raises:
-        ConfigError: the device is not there.
+        ConfigError: the device is not there, or ranks have devices of different kinds.
         DistributedError: the launcher left part of its environment unset, or a group is running.
         LostPeerError: not all ranks came in time.
     """
@@ -175,6 +204,7 @@ def start_runtime(
     if "MALLOC_ARENA_MAX" not in os.environ:
         share_heaps()
     timeout = timedelta(seconds=timeout_seconds) + _WATCHDOG_FIRST
+    _limit_later_groups(timeout)
     _join(place, "nccl" if chosen.type == "cuda" else "gloo", timeout)
     try:
         with _coming_together():
@@ -199,6 +229,8 @@ def describe_loss(error: Exception) -> str | None:
     """What an error says, if it says that another rank is gone or cannot be reached; else None."""
     text = str(error).partition("\n")[0]
     if isinstance(error, MeetingError | dist.DistNetworkError | dist.DistStoreError):
+        return text
+    if isinstance(error, dist.DistBackendError) and any(word in str(error) for word in _LOST_TO_NCCL):
         return text
     if "gloo/transport" not in text:  # gloo has no error class of its own, but tells its source file
         return None
@@ -294,6 +326,12 @@ def _share_cores(local_world_size: int) -> None:
     torch.set_num_threads(max(1, cores // local_world_size))
 
 
+def _limit_later_groups(timeout: timedelta) -> None:
+    """Gives groups that others make the same time: TorchRec makes those of hosts without telling any."""
+    dist.distributed_c10d.default_pg_timeout = timeout
+    dist.distributed_c10d.default_pg_nccl_timeout = timeout  # type: ignore[attr-defined]
+
+
 def _join(place: dict[str, int], backend: str, timeout: timedelta) -> None:
     if is_launched():
         _join_launched(backend, timeout)
@@ -308,7 +346,21 @@ def _join_launched(backend: str, timeout: timedelta) -> None:
         store, rank, world_size = next(rendezvous("env://", timeout=timeout))
         name = meet(store, rank, world_size, timeout)
         store = PrefixStore(name, store)
+        _require_backend_of_rank_0(store, rank, backend)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def _require_backend_of_rank_0(store: Store, rank: int, backend: str) -> None:
+    """Refuses ranks whose `device: auto` chose otherwise than rank 0's: they would wait for each other."""
+    if rank == 0:
+        store.set(_BACKEND, backend)
+    expected = store.get(_BACKEND).decode()
+    if backend != expected:
+        raise ConfigError(
+            f"distributed.device: rank {rank} on {socket.gethostname()} would join through {backend}, but "
+            f"rank 0 through {expected}; see why not all hosts have CUDA devices that can be used, or set it "
+            "to `cpu`"
+        )
 
 
 @contextmanager

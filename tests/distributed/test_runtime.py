@@ -1,12 +1,15 @@
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from multirank import RanksFailedError, run_ranks
+from torch._C._distributed_c10d import HashStore
 
 from hetegen_rec.config import ConfigError
 from hetegen_rec.distributed import runtime as runtime_module
@@ -109,6 +112,13 @@ GLOO = "[/a/gloo/transport/tcp/"
         ),
         (dist.DistNetworkError("the server is gone"), "the server is gone"),
         (MeetingError("rank 0 did not answer"), "rank 0 did not answer"),
+        (
+            dist.DistBackendError(
+                "NCCL error in: a.cpp:5, remote process exited or there was a network error"
+            ),
+            "NCCL error in: a.cpp:5, remote process exited or there was a network error",
+        ),
+        (dist.DistBackendError("NCCL error in: a.cpp:5, invalid usage"), None),
         (RuntimeError("shapes do not fit: [3] and [4]"), None),
         (ValueError("unknown field"), None),
     ],
@@ -159,6 +169,34 @@ def test_the_first_rank_that_fails_tells_and_any_that_cannot_ask(add, is_first, 
     with start_runtime("cpu") as runtime:
         monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: _store_that(add))
         assert runtime.is_first_to_fail() == is_first
+
+
+def test_groups_that_others_make_have_the_time_of_the_job() -> None:
+    with start_runtime("cpu", timeout_seconds=77):
+        for backend in ("gloo", "nccl"):
+            found = dist.distributed_c10d._get_default_timeout(dist.Backend(backend))
+            assert found.total_seconds() == 77 + 60
+
+
+def test_ranks_with_other_devices_than_rank_0_do_not_join() -> None:
+    store = HashStore()
+    require = runtime_module._require_backend_of_rank_0
+    require(store, 0, "nccl")
+    require(store, 1, "nccl")
+    with pytest.raises(ConfigError, match=r"rank 2 on .* would join through gloo, but rank 0 through nccl"):
+        require(store, 2, "gloo")
+
+
+def test_a_failed_rank_leaves_where_groups_end_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    codes: list[int] = []
+    monkeypatch.setattr("os._exit", codes.append)
+    with start_runtime("cpu") as runtime:
+        on_devices = replace(runtime, device=torch.device("cuda", 0))
+        for one in (runtime, replace(runtime, world_size=2), on_devices):
+            one.leave(2)
+        assert codes == []
+        replace(on_devices, world_size=2).leave(2)
+    assert codes == [2]
 
 
 def test_group_ends_when_the_body_fails() -> None:

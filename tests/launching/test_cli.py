@@ -9,7 +9,7 @@ from tiny_run import write_tiny
 
 from hetegen_rec import cli, terminal
 from hetegen_rec.data.raw import DataError
-from hetegen_rec.distributed.runtime import PeerFailedError
+from hetegen_rec.distributed.runtime import PeerFailedError, Runtime
 from hetegen_rec.jobs import Job
 
 GLOO = "[/build/third_party/gloo/gloo/transport/tcp/pair.cc:553]"
@@ -94,6 +94,15 @@ def test_help_lists_every_verb(capsys):
     assert not stopped.value.code
     shown = capsys.readouterr().out
     assert all(f"\n  {verb} " in shown for verb in cli.VERBS)
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_help_offers_ranks_to_the_verbs_that_take_them(verb, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([verb, "--help"])
+    assert not stopped.value.code
+    shown = capsys.readouterr().out
+    assert ("--ranks" in shown) == ("--max-restarts" in shown) == (verb not in ("plan", "export"))
 
 
 def test_missing_default_configuration_says_what_to_name(tmp_path, monkeypatch, capsys):
@@ -189,6 +198,34 @@ def test_interrupted_by_the_keyboard_ends_without_a_traceback(config, monkeypatc
     monkeypatch.setitem(cli.VERBS, "prepare", (interrupt, ""))
     assert cli.main(["prepare", "--config", config]) == 130
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (DataError("row 7"), 2, "error: row 7\n"),
+        (RuntimeError("a bug"), 1, "Traceback .*RuntimeError: a bug\n"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_a_failed_rank_does_not_wait_for_the_others_where_groups_end_together(
+    error, code, told, config, monkeypatch, capsys
+):
+    """As those of NCCL do: to end them in order would be to wait for ranks that wait for this one."""
+
+    def fail(job: Job) -> None:
+        monkeypatch.setattr(Runtime, "ends_with_others", True)
+        raise error
+
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr("os._exit", leave)
+    monkeypatch.setitem(cli.VERBS, "prepare", (fail, ""))
+    with pytest.raises(SystemExit) as left:
+        cli.main(["prepare", "--config", config])
+    assert left.value.code == code
+    assert re.fullmatch(told, capsys.readouterr().err, re.DOTALL)
 
 
 def test_log_of_rank_0_is_shown_and_of_others_only_trouble(capsys):
