@@ -151,7 +151,7 @@ def predict(job: Job) -> None:
 def export(job: Job) -> None:
     """Writes an artifact of one stage's best checkpoint, or only what changed since an earlier artifact."""
     if job.runtime.world_size > 1:
-        raise ConfigError("`export` is the work of one process; start it without --ranks and launchers")
+        raise ConfigError("`export` is the work of one process; start it without a launcher")
     found = _find_trained(job)
     kind = "artifact" if job.delta_from is None else "delta"
     target = Path(job.output) if job.output is not None else found.directory / kind

@@ -56,16 +56,16 @@ def _add_artifact_options(parser: argparse.ArgumentParser) -> None:
         "--backend",
         choices=get_args(Backend),
         default=argparse.SUPPRESS,
-        help="of the artifact's, the one to score by; left out, the fastest that can run here",
+        help="back end to score with (default: the fastest that can run here)",
     )
     parser.add_argument(
-        "--trust", action="store_true", help="do not read every file once to compare its checksum"
+        "--trust", action="store_true", help="do not compare the checksums of all files first"
     )
     parser.add_argument(
         "--strategy",
         choices=get_args(ScoringStrategy),
         default="plain",
-        help="what is done with a row besides one pass; the artifact must have it",
+        help="test-time strategy to score with; the artifact must hold it",
     )
 
 
@@ -79,13 +79,13 @@ def _add_serve_options(parser: argparse.ArgumentParser) -> None:
     _add_artifact_options(parser)
     default = Settings()
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
-    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen on; 0 takes a free one")
     for name, value, text in (
-        ("max-rows", default.max_rows, "of one request"),
-        ("max-bytes", default.max_bytes, "of the body of one request"),
-        ("max-connections", default.max_connections, "open at a time"),
-        ("queue-rows", default.queue_rows, "that may wait; a request beyond them is answered 503"),
-        ("batch-rows", default.batch_rows, "that are scored together"),
+        ("max-rows", default.max_rows, "most rows of one request"),
+        ("max-bytes", default.max_bytes, "most bytes of the body of one request"),
+        ("max-connections", default.max_connections, "most connections open at a time"),
+        ("queue-rows", default.queue_rows, "most rows that may wait; a request beyond them is answered 503"),
+        ("batch-rows", default.batch_rows, "most rows that are scored together"),
     ):
         parser.add_argument(f"--{name}", type=_positive, metavar="N", default=value, help=text)
     for name, seconds, text in (
@@ -93,12 +93,16 @@ def _add_serve_options(parser: argparse.ArgumentParser) -> None:
         ("deadline-ms", default.deadline_seconds, "after which a request without scores is answered 503"),
         ("watch-ms", default.watch_seconds, "between looks for another artifact at the path; 0: never"),
     ):
-        parser.add_argument(f"--{name}", type=_milliseconds, metavar="MS", default=1e3 * seconds, help=text)
-    parser.add_argument("--threads", type=_positive, metavar="N", default=1, help="that compute one batch")
+        parser.add_argument(
+            f"--{name}", type=_milliseconds, metavar="MS", default=1e3 * seconds, help=f"milliseconds {text}"
+        )
+    parser.add_argument(
+        "--threads", type=_positive, metavar="N", default=1, help="threads that compute one batch"
+    )
     parser.add_argument(
         "--reload-endpoint",
         action="store_true",
-        help="have POST /v1/reload, for whoever reaches the server; SIGHUP does the same",
+        help="answer POST /v1/reload, from whoever reaches the server; SIGHUP reloads too",
     )
 
 
@@ -110,7 +114,7 @@ def _add_delta_options(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="DIR",
         default=argparse.SUPPRESS,
-        help="new directory of the result; left out, it takes the place of the base",
+        help="new directory of the result (default: it takes the place of the base)",
     )
 
 
