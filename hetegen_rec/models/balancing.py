@@ -124,10 +124,13 @@ class Progress(Difficulty):
     """
 
     averages: Tensor
+    rates: Tensor
 
     def __init__(self, num_fields: int, config: BalanceConfig) -> None:
         super().__init__(num_fields, config)
         self.register_buffer("averages", torch.ones(num_fields, 2))
+        fast = config.learning_rate
+        self.register_buffer("rates", torch.tensor([fast, fast * _SLOWER]), persistent=False)
 
     def raw_weights(self) -> Tensor:
         """The gap, with a floor; equal weights while nothing moved yet."""
@@ -138,8 +141,7 @@ class Progress(Difficulty):
     def observe(self, losses: FieldLosses, probe: Probe | None) -> None:
         """Moves both averages of the fields that had targets."""
         relative = losses.over_bins(losses.relative)[:, None]
-        fast = self.config.learning_rate
-        moved = self.averages + relative.new_tensor([fast, fast * _SLOWER]) * (relative - self.averages)
+        moved = self.averages + self.rates * (relative - self.averages)
         self.averages.copy_(torch.where(losses.seen.any(1, keepdim=True), moved, self.averages))
 
 

@@ -1,6 +1,6 @@
 """Embedding tables: one EmbeddingBagCollection with a key per token, and its output as [B, T, D]."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,6 +59,9 @@ class TokenAssembly(nn.Module):
     block: the same checkpoint would score differently on another number of ranks.
     """
 
+    grouped: Tensor
+    order: Tensor
+
     def __init__(self, schema: Schema, shapes: list[TableShape], model_dim: int) -> None:
         super().__init__()
         self.projections = nn.ModuleDict(
@@ -70,10 +73,12 @@ class TokenAssembly(nn.Module):
             table = schema.field(token.field).table_name
             self.groups.setdefault(table if table in self.projections else "", []).append(token.key)
         grouped_keys = [key for keys in self.groups.values() for key in keys]
-        self.order = [grouped_keys.index(token.key) for token in schema.tokens]
-        self.in_schema_order = self.order == sorted(self.order)
-        places = {token.key: place for place, token in enumerate(schema.tokens)}
-        self.places = {group: [places[key] for key in keys] for group, keys in self.groups.items()}
+        place_of = {token.key: place for place, token in enumerate(schema.tokens)}
+        grouped = torch.tensor([place_of[key] for key in grouped_keys])
+        self.register_buffer("grouped", grouped, persistent=False)
+        self.register_buffer("order", grouped.argsort(), persistent=False)
+        self.in_schema_order = grouped.tolist() == sorted(grouped.tolist())
+        self._arrangements: dict[tuple[torch.device, tuple[int, ...]], Tensor] = {}
 
     def forward(
         self, looked_up: KeyedTensor, movement: Tensor | None = None, *, with_norms: bool = True
@@ -86,10 +91,9 @@ class TokenAssembly(nn.Module):
             with_norms: whether anybody reads the norms; None is returned for them otherwise.
         """
         tokens, norms = [], []
-        for group, block in self._blocks(looked_up):
-            rows = block
-            if movement is not None:
-                rows = scale_gradient(block, movement[:, self.places[group], None])
+        factors = self._of_groups(movement)
+        for (group, block), factor in zip(self._blocks(looked_up), factors, strict=True):
+            rows = block if factor is None else scale_gradient(block, factor[..., None])
             if with_norms:
                 norms.append(rows.square().sum(-1))
             tokens.append(self.projections[group](rows) if group else rows)
@@ -104,17 +108,35 @@ class TokenAssembly(nn.Module):
             return
         ((group, keys),) = self.groups.items()
         place_of = {key: place for place, key in enumerate(looked_up.keys())}
-        places = [place_of[key] for key in keys]
+        places = tuple(place_of[key] for key in keys)
         values = looked_up.values()  # [B, T * dim], all of one width
         block = values.view(values.shape[0], len(places), -1)
-        if places != sorted(places):
-            block = block.index_select(1, torch.tensor(places, device=values.device))
+        if list(places) != sorted(places):
+            block = block.index_select(1, self._arrangement(places, values.device))
         yield group, block
+
+    def _arrangement(self, places: tuple[int, ...], device: torch.device) -> Tensor:
+        """The places as a tensor, made once: to copy them in every step is to wait for the device."""
+        if torch.compiler.is_compiling():  # a traced tensor must not stay
+            return torch.tensor(places, device=device)
+        key = device, places
+        if key not in self._arrangements:
+            self._arrangements[key] = torch.tensor(places, device=device)
+        return self._arrangements[key]
+
+    def _of_groups(self, by_token: Tensor | None) -> Sequence[Tensor | None]:
+        """[B, T] in schema order -> [B, T_group] of every group."""
+        if by_token is None:
+            return [None] * len(self.groups)
+        sizes = [len(keys) for keys in self.groups.values()]
+        return torch.split(by_token.index_select(1, self.grouped), sizes, dim=1)
 
     def _in_order(self, parts: list[Tensor]) -> Tensor:
         """Blocks [B, T_group, ...] side by side, in schema order."""
         whole = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-        return whole if self.in_schema_order else whole[:, self.order]
+        if self.in_schema_order:
+            return whole
+        return whole.index_select(1, self.order)
 
 
 def scale_gradient(values: Tensor, factor: Tensor) -> Tensor:

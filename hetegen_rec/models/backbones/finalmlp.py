@@ -44,19 +44,21 @@ class FeatureGate(nn.Module):
     """
 
     context: Tensor | None
+    seen: Tensor
 
     def __init__(
         self, field_names: Sequence[str], seen: Sequence[str], dim: int, config: BackboneConfig
     ) -> None:
         super().__init__()
-        self.seen = [field_names.index(name) for name in seen]
+        places = torch.tensor([field_names.index(name) for name in seen], dtype=torch.int64)
+        self.register_buffer("seen", places, persistent=False)
         self.context = None if seen else nn.Parameter(torch.randn(1, dim) * dim**-0.5)
         widths = [*config.gate_hidden, len(field_names) * dim]
         self.mlp = MLP(max(1, len(seen)) * dim, widths, activation_on_last=False)
 
     def forward(self, fields: Tensor) -> Tensor:
         """fields [B, F, D] -> factors [B, F D], or [1, F D] without fields to look at."""
-        context = fields[:, self.seen].flatten(1) if self.context is None else self.context
+        context = fields.index_select(1, self.seen).flatten(1) if self.context is None else self.context
         return 2.0 * torch.sigmoid(self.mlp(context))
 
 
