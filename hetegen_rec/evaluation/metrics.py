@@ -1,7 +1,7 @@
 """Metrics of click probabilities: exact, ties handled, None where a value is not defined.
 
-Labels are 0 or 1 and arrays have shape [N] throughout. The same numbers over rows that are spread
-over ranks come from `hetegen_rec.evaluation.gather`.
+Labels are 0 or 1 and arrays have shape [N] throughout. Beside `auc` these are parts:
+`hetegen_rec.evaluation.gather` puts them together over rows that are spread over ranks.
 """
 
 import math
@@ -68,33 +68,12 @@ def auc_of_pairs(ordered_pairs: float, num_positives: int, num_negatives: int) -
     return ordered_pairs / num_positives / num_negatives
 
 
-def log_loss(probabilities: Scores, labels: Labels) -> float | None:
-    """Mean cross-entropy in nats; None without rows."""
-    counts = ScoreCounts.of_rows(probabilities, labels)
-    return ratio(counts.log_loss_sum(), counts.num_rows)
-
-
-def normalized_entropy(probabilities: Scores, labels: Labels) -> float | None:
-    """Log loss relative to that of always predicting the click rate of these rows (He et al. 2014).
-
-    Below 1 is better than the constant; None with one class.
-    """
-    loss = log_loss(probabilities, labels)
-    rows = len(labels)
-    return normalize_entropy(loss, int(is_click(labels).sum()), rows)
-
-
 def normalize_entropy(loss: float | None, num_positives: int, num_rows: int) -> float | None:
     """`loss` in nats over the entropy of the click rate; None with one class."""
     if loss is None or not 0 < num_positives < num_rows:
         return None
     rate = num_positives / num_rows
     return loss / -(rate * math.log(rate) + (1.0 - rate) * math.log1p(-rate))
-
-
-def gauc(scores: Scores, labels: Labels, user_keys: npt.NDArray[np.integer]) -> GroupedAUC:
-    """AUC within each user who has both classes, averaged with weight by the user's rows."""
-    return average_user_auc([user_auc_sums(scores, labels, user_keys)])
 
 
 def user_auc_sums(
@@ -125,18 +104,6 @@ def average_user_auc(parts: list[tuple[float, int, int]]) -> GroupedAUC:
     return GroupedAUC(ratio(math.fsum(part[0] for part in parts), rows), users, rows)
 
 
-def calibration(probabilities: Scores, labels: Labels) -> float | None:
-    """Mean probability over click rate: above 1 predicts too many clicks. None without a click."""
-    counts = ScoreCounts.of_rows(probabilities, labels)
-    return ratio(counts.score_sum(), counts.num_positives)
-
-
-def calibration_bins(probabilities: Scores, labels: Labels, num_bins: int) -> list[CalibrationBin]:
-    """Mean probability against click rate in bins of about equally many rows; empty bins left out."""
-    counts = ScoreCounts.of_rows(probabilities, labels)
-    return bins_of_sums(counts.bin_sums(num_bins, 0, counts.num_rows))
-
-
 def bins_of_sums(sums: FloatArray) -> list[CalibrationBin]:
     """Means of the bins from their [num_bins, 3] sums."""
     return [
@@ -144,16 +111,6 @@ def bins_of_sums(sums: FloatArray) -> list[CalibrationBin]:
         for rows, score_sum, clicks in sums
         if rows
     ]
-
-
-def roc_curve(scores: Scores, labels: Labels, max_points: int = MAX_ROC_POINTS) -> RocCurve | None:
-    """The ROC curve, thinned evenly along its length to `max_points`; None with one class."""
-    counts = ScoreCounts.of_rows(scores, labels)
-    totals = counts.num_positives, counts.num_negatives
-    if not all(totals):
-        return None
-    _, clicks, others = counts.roc_points(roc_cells(max_points), (0, 0), totals)
-    return roc_of_points(clicks, others, totals)
 
 
 def roc_cells(max_points: int) -> int:
@@ -183,17 +140,6 @@ def to_logits(probabilities: Scores) -> FloatArray:
 def scale_probabilities(probabilities: Scores, temperature: float) -> FloatArray:
     """Probabilities after division of their logits by a temperature."""
     return _sigmoid(to_logits(probabilities) / temperature)
-
-
-def fit_temperature(probabilities: Scores, labels: Labels) -> float | None:
-    """The temperature that minimises the log loss of these rows (Guo et al. 2017).
-
-    Above 1 means overconfident probabilities. Lies within 0.01 and 100; None with one class.
-    """
-    counts = ScoreCounts.of_rows(probabilities, labels)
-    if not counts.num_positives or not counts.num_negatives:
-        return None
-    return solve_temperature(lambda inverse: temperature_slope(counts, inverse))
 
 
 def temperature_slope(counts: ScoreCounts, inverse: float) -> tuple[float, float]:

