@@ -53,7 +53,7 @@ class Generative:
         return balance.get("form") == "uniform"
 
     def mean(self, field: str, measure: str) -> float | None:
-        """A measure of a field's log, in the mean over training; None if it is not there."""
+        """A measure of a field's log, on average over training; None if it is not there."""
         series = self.first.field_series(field, measure)
         return float(series.y.mean()) if series else None
 

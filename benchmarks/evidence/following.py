@@ -57,7 +57,7 @@ def _way_table(data_set: str, records: Sequence[Record], section: Incremental) -
 
 
 def _period_table(data_set: str, records: Sequence[Record]) -> Table:
-    """AUC by tested period, in the mean over seeds."""
+    """AUC by tested period, on average over seeds."""
     periods = list(records[0].ways[_ways(records)[0]]["auc_by_period"])
 
     def row(way: Way) -> Row:

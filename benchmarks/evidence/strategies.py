@@ -12,7 +12,7 @@ from hetegen_rec.evaluation.tables import number
 
 
 def passes(record: Record) -> float:
-    """Passes of the network to score a row of test, in the mean."""
+    """Passes of the network to score a row of test, on average."""
     return record.value("test", "inference", "passes_per_row") or 1.0
 
 
