@@ -51,6 +51,13 @@ _LAUNCHER_VARIABLES = (
     "MASTER_PORT",
 )
 
+# Else larger pinned buffers are rounded up to powers of two: copies for checkpoints to twice their size.
+_PINNED_SIZES = "pinned_max_round_threshold_mb:16"
+_ALLOCATOR_VARIABLES = (
+    "PYTORCH_ALLOC_CONF",
+    "PYTORCH_CUDA_ALLOC_CONF",
+)  # where somebody has set it otherwise
+
 _NO_NAME = "none"  # what torchrun calls a job that was given no name
 
 # Keys in the job's store.
@@ -316,6 +323,8 @@ def _choose_device(
         )
     chosen = torch.device("cuda", local_rank)
     torch.cuda.set_device(chosen)
+    if not any(name in os.environ for name in _ALLOCATOR_VARIABLES):
+        torch._C._accelerator_setAllocatorSettings(_PINNED_SIZES)
     return chosen
 
 

@@ -205,6 +205,19 @@ def test_group_ends_when_the_body_fails() -> None:
     assert not dist.is_initialized()
 
 
+@pytest.mark.parametrize("variable", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_pinned_buffers_keep_their_size_unless_the_environment_says_otherwise(variable, monkeypatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.set_device", lambda device: None)
+    monkeypatch.setattr("torch._C._accelerator_setAllocatorSettings", told.append)
+    if variable is not None:
+        monkeypatch.setenv(variable, "expandable_segments:True")
+    assert runtime_module._choose_device("auto", 1, 2) == torch.device("cuda", 1)
+    assert told == ([] if variable else ["pinned_max_round_threshold_mb:16"])
+
+
 def test_cuda_without_a_gpu_names_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(ConfigError, match=r"distributed\.device: cuda"), start_runtime("cuda"):
