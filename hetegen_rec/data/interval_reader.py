@@ -9,7 +9,7 @@ from typing import TypeAlias
 import pyarrow as pa
 
 from hetegen_rec.data.batching import Batcher
-from hetegen_rec.data.raw import DataError, RowGroup, read_row_group
+from hetegen_rec.data.raw import DataError, PreparedAnewError, RowGroup, read_row_group
 from hetegen_rec.data.row_plan import Interval, Window
 
 logger = logging.getLogger(__name__)
@@ -91,6 +91,8 @@ class IntervalReader:
             raise _AbandonedError
         try:
             return self._read_valid(interval, lane)
+        except PreparedAnewError:
+            raise
         except DataError as error:
             if self._skips is None:
                 raise

@@ -45,6 +45,8 @@ class RawFile:
     """Types of the schema's fields, as its columns are stored."""
     time_unit: str | None = None
     """Unit of the times (see `columns.time_unit`); None where they are not read, or there are none."""
+    stamp: str | None = None
+    """See `RowGroup`."""
     problem: str | None = None
     """Why the file cannot be used."""
 
@@ -99,7 +101,8 @@ def list_groups(config: RunConfig, files: Files, workers: Workers) -> Listing:
     for split, names in files.items():
         of_split = _bad_files(split, names, found)
         left_out = {shard.where for shard in of_split}
-        all_groups = row_groups([(path, found[path].group_rows or ()) for path in names])
+        stamps = {path: found[path].stamp for path in names}
+        all_groups = row_groups([(path, found[path].group_rows or ()) for path in names], stamps)
         groups[split] = [group for group in all_groups if group.path not in left_out]
         require_rows(config, split, groups[split], of_split)
         bad += of_split
@@ -171,7 +174,7 @@ def _look(path: str, schema: Schema, *, labelled: bool, skip: bool) -> RawFile:
         return RawFile(group_rows, problem=str(error))
     stored = shape.schema.remove_metadata()
     unit = _time_unit(path, schema, stored) if labelled else None
-    return RawFile(group_rows, _value_types(schema, stored), unit)
+    return RawFile(group_rows, _value_types(schema, stored), unit, shape.stamp)
 
 
 def _time_unit(path: str, schema: Schema, stored: pa.Schema) -> str | None:

@@ -16,7 +16,7 @@ from hetegen_rec.data.raw import DataError
 from hetegen_rec.sealing import digest_of
 
 MANIFEST_FILE = "manifest.json"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Raised whenever prepared files change their meaning."""
 
 
@@ -28,6 +28,10 @@ class Manifest:
     """Identifies what in the schema bears on ids."""
     input_fingerprint: str
     """Identifies the raw files (by name, size and time of change) and how they were written."""
+    statistics_fingerprint: str
+    """Identifies the statistics and vocabularies."""
+    preparation: str
+    """Identifies all of this; encoded shards carry it, so that those of another preparation are noticed."""
     num_rows: Mapping[Split, int]
     """Usable rows of each split."""
     encoded_splits: Sequence[Split]

@@ -5,17 +5,29 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from hetegen_rec.data.raw import PREPARATION_KEY
+
 GROUPS_PER_PART = 64
 """Row groups of one encoded file."""
 
 
 class Parts:
-    """Encoded rows to files `part-RRRRR-NNNNN.parquet` with row groups of one size."""
+    """Encoded rows to files `part-RRRRR-NNNNN.parquet` with row groups of one size.
 
-    def __init__(self, directory: Path, rank: int, rows_per_group: int) -> None:
+    Args:
+        directory: of the files; it must exist.
+        rank: this process.
+        rows_per_group: rows of a row group; the last one may have fewer.
+        preparation: what the files carry for `RowGroup.preparation`.
+    """
+
+    def __init__(
+        self, directory: Path, rank: int, rows_per_group: int, preparation: str | None = None
+    ) -> None:
         self._directory = directory
         self._rank = rank
         self._rows_per_group = rows_per_group
+        self._preparation = preparation
         self._waiting: list[pa.Table] = []
         self._waiting_rows = 0
         self._writer: pq.ParquetWriter | None = None
@@ -47,6 +59,8 @@ class Parts:
                 self._writer.close()
             path = self._directory / f"part-{self._rank:05d}-{part:05d}.parquet"
             self._writer = pq.ParquetWriter(path, rows.schema, compression="zstd", write_page_checksum=True)
+            if self._preparation is not None:
+                self._writer.add_key_value_metadata({PREPARATION_KEY: self._preparation})
         assert self._writer is not None
         self._writer.write_table(rows, row_group_size=self._rows_per_group)
         self._num_groups += 1

@@ -56,6 +56,7 @@ from hetegen_rec.data.summary import KeptTable, summarise_table
 from hetegen_rec.data.workers import Workers
 from hetegen_rec.files import replace_directory
 from hetegen_rec.locks import LockedError, directory_lock
+from hetegen_rec.sealing import digest_of
 
 logger = logging.getLogger(__name__)
 
@@ -160,9 +161,10 @@ def _prepare(
     config: RunConfig, workers: Workers, progress: Progress, files: Files, fingerprints: Fingerprints
 ) -> None:
     try:
-        preparation = _Preparation(config, workers, progress, list_groups(config, files, workers))
+        listing = list_groups(config, files, workers)
+        preparation = _Preparation(config, workers, progress, listing, fingerprints)
         with _staged(config, workers) as directory:
-            preparation.write(directory, fingerprints)
+            preparation.write(directory)
     except BadRowsError as error:
         raise BadRowsError(f"{error}; or leave out such rows with `data.on_bad_shard: skip`") from error
 
@@ -264,6 +266,7 @@ class _Preparation:
     workers: Workers
     progress: Progress
     listing: Listing
+    fingerprints: Fingerprints
     skipped: list[BadShard] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -272,7 +275,7 @@ class _Preparation:
         skip = self.config.data.on_bad_shard == "skip"
         self._rows = RowPass(self.config.features, self.workers, self.progress, skip=skip)
 
-    def write(self, directory: Path, fingerprints: Fingerprints) -> None:
+    def write(self, directory: Path) -> None:
         """Fills the directory."""
         encoded = list(self._groups) if self.config.data.encode == "prepared" else []
         while not self._fill(directory, encoded):
@@ -286,12 +289,14 @@ class _Preparation:
                 if not encoded:
                     write_row_groups(directory, self._groups)
                 num_rows = {split: num_rows_of(groups) for split, groups in self._groups.items()}
-                Manifest(*fingerprints, num_rows, encoded, self.skipped).write(directory)
+                identity = (*self.fingerprints, self._statistics_fingerprint, self._identity)
+                Manifest(*identity, num_rows, encoded, self.skipped).write(directory)
 
     def _fill(self, directory: Path, encoded: Sequence[Split]) -> bool:
         """The passes; False as soon as rows that were counted turn out unusable."""
         self._count(directory)
         self._merge(directory)
+        self._identify(directory)
         for split in encoded:
             num_bad = self._encode(directory, split)
             if num_bad and split == "train":
@@ -341,12 +346,21 @@ class _Preparation:
             vocabulary.save(vocabulary_path(directory, table))
         return {field.name: field.save(directory) for field in fields}
 
+    def _identify(self, directory: Path) -> None:
+        """Names this preparation after all that decides about ids, and about which rows are in which file."""
+        with self.workers.together("reading the statistics"):
+            self._statistics_fingerprint = Statistics.load(directory).fingerprint
+        described = [*self.fingerprints, self._statistics_fingerprint, self.workers.world_size]
+        self._identity = digest_of(described)
+
     def _encode(self, directory: Path, split: Split) -> int:
         """Encodes this rank's rows of a split; returns how many row groups of all ranks could not be."""
         with self.workers.together(f"encoding {split}"):
             encoder = Encoder.load(directory, self.config.features)
             (directory / split).mkdir(exist_ok=True)
-            parts = Parts(directory / split, self.workers.rank, self.config.data.rows_per_group)
+            parts = Parts(
+                directory / split, self.workers.rank, self.config.data.rows_per_group, self._identity
+            )
 
             def encode(table: pa.Table, first_row: int, where: str) -> None:
                 parts.add(encoder.encode(table, first_row, where))

@@ -36,6 +36,8 @@ BATCH_ROWS = 65_536
 CSV_BLOCK_BYTES = 16 << 20
 """Bytes of CSV parsed at a time."""
 LIST_SEPARATOR = "|"
+PREPARATION_KEY = b"hetegen_rec.preparation"
+"""In the metadata of a file of encoded rows: which preparation wrote it."""
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _COMPRESSIONS = {".gz", ".bz2", ".zst"}
@@ -52,6 +54,19 @@ class BadRowsError(DataError):
     """Some raw rows cannot be used; without them (`data.on_bad_shard: skip`) the others can."""
 
 
+class PreparedAnewError(DataError):
+    """Other encoded rows than a run's were read, from the place in its argument.
+
+    Their ids are not those of the run's model, so `data.on_bad_shard: skip` passes over none of them.
+    """
+
+    def __str__(self) -> str:
+        return (
+            f"{self.args[0]}: was prepared anew while it was read; give each schema and each set of raw "
+            "files its own `data.prepared_dir`, and start again"
+        )
+
+
 @dataclass(frozen=True)
 class FileShape:
     """What is known of a raw file without its rows."""
@@ -60,6 +75,8 @@ class FileShape:
     """Rows of each row group; of the whole file for CSV."""
     schema: pa.Schema
     """Its columns; of null type for CSV, which knows no types."""
+    stamp: str | None
+    """See `RowGroup`."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +89,11 @@ class RowGroup:
     num_rows: int
     first_row: int
     """Index of its first row in the split."""
+    stamp: str | None = None
+    """Size and time of change of its file when it was listed, which must be the same when it was read; None
+    of a URL, and where it may be another."""
+    preparation: str | None = None
+    """Of encoded rows: what `prepare` wrote into their file, which must be there when it is read."""
 
     @property
     def next_row(self) -> int:
@@ -126,22 +148,30 @@ def read_shape(path: str) -> FileShape:
     Raises:
         BadRowsError: the file cannot be read.
     """
+    with _reading(path):
+        stamp = _stamp(path)
     if is_csv(path):
         names = _csv_names(path)
-        return FileShape((_count_csv_rows(path, names[0]),), pa.schema([(name, pa.null()) for name in names]))
+        schema = pa.schema([(name, pa.null()) for name in names])
+        return FileShape((_count_csv_rows(path, names[0]),), schema, stamp)
     with _reading(path), _parquet(path) as file:
         metadata = file.metadata
         rows = tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
-        return FileShape(rows, file.schema_arrow)
+        return FileShape(rows, file.schema_arrow, stamp)
 
 
-def row_groups(sizes: Sequence[tuple[str, Sequence[int]]]) -> list[RowGroup]:
-    """The row groups of a split from the `group_rows` of its files, in order; empty ones are left out."""
+def row_groups(
+    sizes: Sequence[tuple[str, Sequence[int]]], stamps: Mapping[str, str | None] | None = None
+) -> list[RowGroup]:
+    """The row groups of a split from the `group_rows` of its files, in order; empty ones are left out.
+
+    With `stamps`, by path, files that are written anew later are noticed when they are read.
+    """
     groups, first_row = [], 0
     for path, rows_of_groups in sizes:
         for index, num_rows in enumerate(rows_of_groups):
             if num_rows:
-                groups.append(RowGroup(path, index, num_rows, first_row))
+                groups.append(RowGroup(path, index, num_rows, first_row, (stamps or {}).get(path)))
             first_row += num_rows
     return groups
 
@@ -186,15 +216,18 @@ def read_row_group(group: RowGroup, columns: Sequence[str] | ColumnKeys) -> pa.T
     """One Parquet row group.
 
     Raises:
-        BadRowsError: a column is missing, or the file is damaged.
+        BadRowsError: a column is missing, or the file is damaged or was written anew.
+        PreparedAnewError: it is of another preparation.
         DataError: it is CSV, which has no row groups.
     """
     if is_csv(group.path):
         raise DataError(f"{group.path}: CSV cannot be read by row group; use `data.encode: prepared`")
     with _reading(group.where), _parquet(group.path) as file:
+        _check_preparation(group, file)
         check_columns(group.path, columns, file.schema_arrow.names)
         table = file.read_row_group(group.index, columns=list(columns), use_threads=False)
     _check_rows(group, len(table))
+    _check_stamp(group)
     return table
 
 
@@ -202,7 +235,8 @@ def iter_tables(group: RowGroup, schema: Schema, *, labelled: bool = True) -> It
     """Streams the columns of a schema (see `column_keys`) in tables of bounded size, in order of rows.
 
     Raises:
-        BadRowsError: a column is missing, the file is damaged, or a CSV cell is not of its type.
+        BadRowsError: a column is missing, the file is damaged or was written anew, or a CSV cell is not of
+            its type.
     """
     columns = column_keys(schema, labelled=labelled)
     tables = _csv_tables(group.path, schema, columns) if is_csv(group.path) else _tables(group, columns)
@@ -211,6 +245,7 @@ def iter_tables(group: RowGroup, schema: Schema, *, labelled: bool = True) -> It
         num_rows += len(table)
         yield table
     _check_rows(group, num_rows)
+    _check_stamp(group)
 
 
 def _glob(pattern: str) -> list[str]:
@@ -258,6 +293,34 @@ def _check_kind(path: str) -> None:
     """To open a pipe would be to wait for ever."""
     if Path(path).exists() and not Path(path).is_file():
         raise BadRowsError(f"{path}: is no file; name files, such as those in a directory by `{path}/*`")
+
+
+def _stamp(path: str) -> str | None:
+    if "://" in path:
+        return None
+    status = os.stat(path)
+    return f"{status.st_size} {status.st_mtime_ns}"
+
+
+def _check_stamp(group: RowGroup) -> None:
+    """After reading, because a file may be replaced, or change, while it is read."""
+    if group.stamp is None:
+        return
+    with _reading(group.where):
+        stamp = _stamp(group.path)
+    if stamp != group.stamp:
+        raise BadRowsError(
+            f"{group.where}: was written anew since the files were listed; start again when nobody changes "
+            "the files"
+        )
+
+
+def _check_preparation(group: RowGroup, file: pq.ParquetFile) -> None:
+    if group.preparation is None:
+        return
+    found = (file.metadata.metadata or {}).get(PREPARATION_KEY, b"")
+    if found != group.preparation.encode():
+        raise PreparedAnewError(group.path)
 
 
 def _check_rows(group: RowGroup, num_rows: int) -> None:

@@ -12,6 +12,7 @@ from typing import Protocol, get_args
 
 import numpy as np
 import pyarrow as pa
+import torch
 from numpy.typing import NDArray
 
 from hetegen_rec.config.data import Split
@@ -73,6 +74,7 @@ class Reader:
         columns: Sequence[str],
         encode: Encode | None = None,
         skip_bad: bool = False,
+        device: torch.device | None = None,
     ):
         """Checks that the split can be shared out; reads nothing yet.
 
@@ -92,6 +94,8 @@ class Reader:
             skip_bad: put padding in the place of rows that cannot be read or encoded, and note them in
                 `skipped`, instead of raising an error. It is an error still when they are more than half
                 of this rank's rows in an epoch, and more than two row groups.
+            device: where batches go. For CUDA they are made in pinned memory, from which they are copied
+                while the device computes; default: the CPU.
 
         Raises:
             ConfigError: lanes that cannot be shared by the ranks, or a batch by the lanes.
@@ -114,6 +118,7 @@ class Reader:
         self._columns = list(columns)
         self._encode = encode
         self._skip_bad = skip_bad
+        self._pins_for = device if device is not None and device.type == "cuda" else None
         self._skip_log = SkipLog()
         self.num_rows = self._plan(Cursor().on_lanes(num_lanes)).num_rows
         """Rows of the split."""
@@ -200,18 +205,21 @@ class Reader:
         self, pieces: Generator[tuple[int, pa.Table], None, None], lanes: Lanes, cursor: Cursor
     ) -> Generator[Batch, None, None]:
         noise_seed = int(mix64(np.array([cursor.epoch], dtype=np.int64), self._seed)[0] >> np.uint64(1))
+        if self._pins_for is not None:
+            torch.cuda.set_device(self._pins_for)  # of this thread, or it would use the first one
         with closing(pieces):
             for tables in _steps(pieces, self._lanes, self._rows_per_step):
                 start, num_rows = cursor.served[-1].rows_per_lane, tables[0].num_rows
                 real_rows = lanes.real_rows(start, start + num_rows)
                 cursor = cursor.advanced(num_rows)
-                yield self._batcher.make(
+                batch = self._batcher.make(
                     pa.concat_tables(tables),
                     self._strata(real_rows, num_rows),
                     noise_seed,
                     cursor,
                     int(real_rows.sum()),
                 )
+                yield batch if self._pins_for is None else batch.pin_memory()
 
     def _strata(self, real_rows: NDArray[np.int64], rows_per_lane: int) -> NDArray[np.float32]:
         """Places of this rank's rows among the real ones of the step: lanes side by side, in order.
@@ -240,6 +248,7 @@ def open_reader(
     movement: Mapping[str, NDArray[np.float32]] | None = None,
     frequencies: Collection[Frequency] = get_args(Frequency),
     encoder: Encoder | None = None,
+    device: torch.device | None = None,
 ) -> Reader:
     """Opens one split of a prepared data set.
 
@@ -259,10 +268,12 @@ def open_reader(
         movement: see `Batcher`.
         frequencies: see `Batcher`.
         encoder: encodes raw rows; needed if and only if `data.encode` is `on_the_fly`.
+        device: see `Reader`.
 
     Raises:
         ConfigError: lanes, ranks and batch size do not fit each other.
         DataError: no files, damaged files, no rows, or in training fewer rows than lanes.
+        PreparedAnewError: the directory holds another preparation than that of the statistics.
     """
     data = config.data
     if (data.encode == "on_the_fly") != (encoder is not None):
@@ -272,7 +283,7 @@ def open_reader(
     num_lanes = (data.lanes or world_size) if train else world_size
     if not train:
         batch_size = -(-batch_size // num_lanes) * num_lanes
-    row_groups = prepared_row_groups(config, split)
+    row_groups = prepared_row_groups(config, split, statistics)
     if train:
         _check_enough_rows(row_groups, num_lanes)
     return Reader(
@@ -289,6 +300,7 @@ def open_reader(
         columns=columns,
         encode=encoder.encode if encoder is not None else None,
         skip_bad=data.on_bad_shard == "skip",
+        device=device,
     )
 
 

@@ -1,6 +1,8 @@
 """From raw files over `prepare` to batches: prepared shards and raw rows encoded while reading."""
 
+import os
 import shutil
+import threading
 
 import numpy as np
 import pyarrow as pa
@@ -11,10 +13,11 @@ from alone import Alone
 
 from hetegen_rec.config.errors import ConfigError
 from hetegen_rec.config.loading import parse_config
+from hetegen_rec.data.batch import Batch
 from hetegen_rec.data.cursor import Cursor
 from hetegen_rec.data.encoding import Encoder
 from hetegen_rec.data.prepare import prepare
-from hetegen_rec.data.raw import DataError
+from hetegen_rec.data.raw import DataError, PreparedAnewError
 from hetegen_rec.data.reader import open_reader
 
 ROWS = {"train": 120, "valid": 31, "test": 2}
@@ -127,6 +130,26 @@ def test_rows_encoded_on_the_fly_are_the_prepared_rows(prepared, on_the_fly, spl
     assert set(expected) == set(range(ROWS[split]))
 
 
+def test_batches_for_a_cuda_device_are_pinned_by_a_thread_that_uses_that_device(prepared, monkeypatch):
+    """No device is needed: what pins and what chooses the device are noted instead."""
+    chosen: dict[int, torch.device] = {}
+    pinned_by: list[torch.device] = []
+
+    def pin(batch: Batch) -> Batch:
+        pinned_by.append(chosen[threading.get_ident()])
+        return batch
+
+    monkeypatch.setattr(
+        "torch.cuda.set_device", lambda device: chosen.update({threading.get_ident(): device})
+    )
+    monkeypatch.setattr(Batch, "pin_memory", pin)
+    assert rows_of(open_split(*prepared, "valid", device=torch.device("cpu")))
+    assert pinned_by == []
+    device = torch.device("cuda", 3)
+    assert rows_of(open_split(*prepared, "valid", device=device))
+    assert pinned_by == [device, device]
+
+
 def test_frequencies_are_finite_for_every_token(prepared):
     for batch in open_split(*prepared, "valid").epoch(START):
         assert torch.isfinite(batch.log_prior).all()
@@ -184,7 +207,7 @@ def test_more_ranks_than_training_rows_are_an_error(prepared):
 
 def test_a_split_without_encoded_shards_is_an_error(raw, prepared):
     config = config_of(raw, prepared_dir=str(raw / "nowhere"))
-    with pytest.raises(DataError, match="nowhere/valid"):
+    with pytest.raises(DataError, match="nowhere: holds no prepared data"):
         open_split(config, prepared[1], "valid")
 
 
@@ -205,3 +228,66 @@ def test_the_configuration_says_what_becomes_of_bad_shards(raw, prepared, policy
     else:
         with pytest.raises(DataError, match=victim.name):
             list(reader.epoch(START))
+
+
+def replace_rows(directory):
+    """Other values in as many rows of each file, put in its place by renaming."""
+    for path in sorted((directory / "train").iterdir()):
+        table = pq.read_table(path)
+        items = table.column_names.index("item")
+        group_rows = pq.read_metadata(path).row_group(0).num_rows
+        table = table.set_column(items, "item", pa.array(np.roll(table["item"].to_pylist(), 1).tolist()))
+        pq.write_table(table, directory / "new", row_group_size=group_rows)
+        os.utime(directory / "new", ns=(1, 1))  # clocks of file systems may be slow
+        (directory / "new").replace(path)
+
+
+@pytest.fixture
+def raw_of_test(tmp_path):
+    for seed, (split, num_rows) in enumerate(ROWS.items()):
+        write_raw(tmp_path / split, num_rows, seed)
+    return tmp_path
+
+
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+def test_encoded_rows_of_another_preparation_are_not_trained_on(raw_of_test, policy):
+    config = config_of(raw_of_test, on_bad_shard=policy)
+    reader = open_split(config, prepare(config, Alone()), "train")
+    epoch = reader.epoch(START)
+    assert rows_of(reader).keys() == set(range(120))
+    replace_rows(raw_of_test)
+    prepare(config, Alone())
+    with pytest.raises(PreparedAnewError, match=r"train/part-00000-00000\.parquet: was prepared anew"):
+        list(epoch)
+    assert not reader.skipped
+
+
+@pytest.mark.parametrize("encode", ["prepared", "on_the_fly"])
+def test_statistics_of_an_earlier_preparation_open_nothing(raw_of_test, encode):
+    config = config_of(raw_of_test, encode=encode)
+    statistics = prepare(config, Alone())
+    encoder = Encoder.load(config.data.prepared_dir, config.features) if encode == "on_the_fly" else None
+    pq.write_table(pq.read_table(raw_of_test / "test"), raw_of_test / "train" / "c.parquet")
+    prepare(config, Alone())
+    with pytest.raises(PreparedAnewError, match=rf"{encode}: was prepared anew while it was read; give each"):
+        open_split(config, statistics, "valid", encoder)
+
+
+def test_the_same_rows_may_be_prepared_again(raw_of_test):
+    config = config_of(raw_of_test)
+    reader = open_split(config, prepare(config, Alone()), "train")
+    shutil.rmtree(config.data.prepared_dir)
+    prepare(config, Alone())
+    assert rows_of(reader).keys() == set(range(120))
+
+
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+def test_raw_rows_that_are_replaced_while_they_are_read_are_not_trained_on(raw_of_test, policy):
+    config = config_of(raw_of_test, encode="on_the_fly", on_bad_shard=policy)
+    statistics = prepare(config, Alone())
+    encoder = Encoder.load(config.data.prepared_dir, config.features)
+    reader = open_split(config, statistics, "train", encoder)
+    replace_rows(raw_of_test)
+    with pytest.raises(DataError, match=r"\.parquet, row group \d: was written anew since") as error:
+        list(reader.epoch(START))
+    assert ("more than half" in str(error.value)) == (policy == "skip")

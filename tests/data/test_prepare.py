@@ -92,6 +92,16 @@ def test_a_second_run_writes_nothing_until_an_input_changes(raw) -> None:
     assert (path.stat().st_ino, path.stat().st_mtime_ns) != written
 
 
+def test_what_an_older_version_wrote_is_prepared_anew(raw) -> None:
+    config = config_for(raw)
+    prepare(config, Alone())
+    path = raw / "prepared" / "manifest.json"
+    written = path.read_text()
+    path.write_text(written.replace('"format_version": 3', '"format_version": 2'))
+    prepare(config, Alone())
+    assert path.read_text() == written
+
+
 def test_model_side_keys_of_fields_need_no_new_preparation(raw) -> None:
     prepare(config_for(raw), Alone())
     fields = [{**FEATURES["fields"][0], "dim": 8, "reconstruct": False}, *FEATURES["fields"][1:]]

@@ -1,8 +1,10 @@
+import os
 import re
 from pathlib import Path
 
 import fsspec
 import pyarrow as pa
+import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 from fsspec.registry import known_implementations
@@ -18,6 +20,7 @@ from hetegen_rec.data.raw import (
     list_row_groups,
     read_row_group,
     read_shape,
+    row_groups,
 )
 
 SCHEMA = Schema.model_validate(
@@ -183,6 +186,22 @@ def test_a_csv_header_without_rows_has_no_row_groups(tmp_path) -> None:
     path = tmp_path / "part.csv"
     path.write_text("click,time\n")
     assert list_row_groups([str(path)]) == []
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "csv"])
+def test_a_file_that_was_written_anew_is_noticed(tmp_path, suffix) -> None:
+    path = tmp_path / f"part.{suffix}"
+    write_rows = pq.write_table if suffix == "parquet" else pyarrow.csv.write_csv
+    schema = Schema.model_validate({"label": "n", "fields": [{"name": "m", "kind": "id"}]})
+    write_rows(pa.table({"n": [0, 1], "m": [5, 6]}), path)
+    shape = read_shape(str(path))
+    (group,) = row_groups([(str(path), shape.group_rows)], {str(path): shape.stamp})
+    assert len(list(iter_tables(group, schema))) == 1
+    write_rows(pa.table({"n": [0, 1], "m": [6, 5]}), tmp_path / "new")
+    os.utime(tmp_path / "new", ns=(1, 1))  # clocks of file systems may be slow
+    (tmp_path / "new").replace(path)
+    with pytest.raises(BadRowsError, match="was written anew since the files were listed; start again"):
+        list(iter_tables(group, schema))
 
 
 def test_large_row_groups_are_streamed_in_batches(tmp_path, monkeypatch) -> None:
