@@ -1,12 +1,31 @@
 """An iterator run ahead in a background thread."""
 
+import atexit
 from collections.abc import Generator
 from dataclasses import dataclass
 from queue import SimpleQueue
 from threading import Event, Semaphore, Thread
 from typing import TypeAlias, TypeVar
+from weakref import WeakKeyDictionary
 
 T = TypeVar("T")
+
+
+_LAST_SECONDS = 5.0  # for an item at hand; a read from a store that hangs must not hold the process
+
+_running: "WeakKeyDictionary[Thread, tuple[Event, Semaphore]]" = WeakKeyDictionary()
+
+
+@atexit.register
+def _end_threads() -> None:
+    """Has all threads end before the interpreter does: it aborts where it cuts one off within a library."""
+    running = list(_running.items())
+    for _, (closed, slots) in running:
+        closed.set()
+        slots.release()
+    for thread, _ in running:
+        if thread.is_alive():
+            thread.join(_LAST_SECONDS)
 
 
 @dataclass(frozen=True)
@@ -35,7 +54,11 @@ def prefetch(source: Generator[T, None, None], depth: int) -> Generator[T, None,
     slots, closed = Semaphore(depth), Event()
     items: _Items[T] = SimpleQueue()
     # The thread must not refer to this generator, or it would never be collected.
-    Thread(target=_produce, args=(source, items, slots, closed), name="hetegen-prefetch", daemon=True).start()
+    thread = Thread(
+        target=_produce, args=(source, items, slots, closed), name="hetegen-prefetch", daemon=True
+    )
+    _running[thread] = closed, slots
+    thread.start()
     try:
         while True:
             item = items.get()

@@ -132,6 +132,7 @@ def open_split(
         movement=_movement(config, stage, statistics) if stage is not None else None,
         frequencies=config.frequencies(stage) if stage is not None else get_args(Frequency),
         encoder=encoder,
+        device=runtime.device,
     )
 
 
@@ -161,6 +162,7 @@ def open_encoded(config: RunConfig, directory: Path, statistics: Statistics, run
         shuffle_rows=config.data.shuffle_rows,
         prefetch_batches=config.data.prefetch_batches,
         columns=batcher.encoded_schema.names,
+        device=runtime.device,
     )
 
 

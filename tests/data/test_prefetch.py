@@ -1,6 +1,8 @@
 """Iterators run ahead in a thread: order, how far ahead, errors, and the end of the thread."""
 
 import gc
+import subprocess
+import sys
 import threading
 import time
 
@@ -91,3 +93,27 @@ def test_prefetching_can_be_chained():
     del items
     gc.collect()
     wait_until(lambda: not inner.thread.is_alive())
+
+
+LEFT_OPEN = """
+import time
+from hetegen_rec.data.prefetch import prefetch
+
+def items():
+    try:
+        while True:
+            time.sleep(0.05)
+            yield 1
+    finally:
+        print("closed")
+
+left_open = [prefetch(items(), depth=2) for _ in range(2)]
+for one in left_open:
+    next(one)
+"""
+
+
+def test_threads_end_before_the_interpreter_does():
+    """It aborts the process where it cuts off a thread that is within a library of C++."""
+    done = subprocess.run([sys.executable, "-c", LEFT_OPEN], capture_output=True, text=True, check=True)
+    assert done.stdout == "closed\nclosed\n"
