@@ -146,7 +146,7 @@ def test_nothing_is_published_beyond_tolerance(
     told = capsys.readouterr().err.splitlines()[-1]
     assert told.startswith("error: back end aten: ")
     assert "nothing was published" in told
-    assert [path.name for path in tmp_path.iterdir()] == [".a.lock"]
+    assert {path.name for path in tmp_path.iterdir()} <= {".a.lock"}
 
 
 REFUSED = {
@@ -164,7 +164,7 @@ def test_what_cannot_be_exported_is_one_line(directory, tmp_path, capsys, case):
     told = capsys.readouterr().err.splitlines()[-1]
     assert told.startswith("error: ")
     assert message in told
-    assert not list(tmp_path.iterdir())
+    assert {path.name for path in tmp_path.iterdir()} <= {".a.lock"}
 
 
 def test_a_table_is_read_in_pieces_of_its_stored_shards(directory):
