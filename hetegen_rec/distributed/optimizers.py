@@ -1,6 +1,6 @@
 """Optimizers: fused into the backward pass for tables, AdamW for the rest, as one object."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -33,6 +33,8 @@ _DENSE: dict[TableOptimizer, type[torch.optim.Optimizer]] = {
 }
 ON_CPU: tuple[TableOptimizer, ...] = ("rowwise_adagrad", "adagrad", "sgd")
 """Those that CPU kernels know."""
+_MATRICES = ("weight", "interaction", "decoder", "query", "kernels", "V_kernels", "W_kernels")
+"""How parameters that multiply vectors are called; a list's members by the name of the list."""
 
 
 def attach_table_optimizer(
@@ -85,7 +87,7 @@ def make_optimizer(
 
     Tables are updated by their fused optimizer in the backward pass (data-parallel tables here, by the
     same rule, but clamped after summation), difficulty scalars by plain SGD at a rate that no schedule
-    touches, the rest by AdamW with decoupled decay on matrices only.
+    touches, the rest by AdamW with decoupled decay on `matrices` only.
 
     Args:
         model: the sharded model.
@@ -103,8 +105,33 @@ def make_optimizer(
     if difficulty:
         parts.append(_keyed(difficulty, lambda values: _difficulty_optimizer(values, difficulty_lr)))
     if dense:
-        parts.append(_dense_optimizer(dense, stage))
+        parts.append(_dense_optimizer(dense, matrices(model, dense), stage))
     return CombinedOptimizer(parts)
+
+
+def matrices(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> set[str]:
+    """Names of the parameters that weight decay shrinks: the matrices of linear and bilinear maps.
+
+    A shape does not tell them: biases, gains and mask vectors of all fields are [F, D], too. The last part
+    of the name does. A new module calls its matrices `weight` or adds their name to `_MATRICES`; what has
+    another name is not decayed. Nor is an `nn.Embedding`, whose rows are vectors.
+
+    Args:
+        model: holds the parameters.
+        parameters: by name.
+    """
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    rows = {id(embedding.weight) for embedding in embeddings}
+    return {
+        name
+        for name, parameter in parameters.items()
+        if parameter.ndim >= 2 and _own_name(name) in _MATRICES and id(parameter) not in rows
+    }
+
+
+def _own_name(name: str) -> str:
+    """The last part of a parameter's name that is no index into a list."""
+    return next((part for part in reversed(name.split(".")) if not part.isdigit()), name)
 
 
 class GatedOptimizer(OptimizerWrapper):
@@ -170,14 +197,17 @@ def _replicated_tables_optimizer(
     return GradientClippingOptimizer(optimizer, GradientClipping.VALUE, stage.max_grad_norm)
 
 
-def _dense_optimizer(parameters: dict[str, nn.Parameter], stage: StageConfig) -> KeyedOptimizer:
+def _dense_optimizer(
+    parameters: dict[str, nn.Parameter], decayed: set[str], stage: StageConfig
+) -> KeyedOptimizer:
     def adamw(values: list[nn.Parameter]) -> torch.optim.Optimizer:
+        named = list(zip(parameters, values, strict=True))
         groups = [
-            {"params": [p for p in values if p.ndim >= 2], "weight_decay": stage.weight_decay},
-            {"params": [p for p in values if p.ndim < 2], "weight_decay": 0.0},
+            {"params": [p for name, p in named if name in decayed], "weight_decay": stage.weight_decay},
+            {"params": [p for name, p in named if name not in decayed], "weight_decay": 0.0},
         ]
-        named = [{**group, "name": "dense"} for group in groups if group["params"]]
-        return torch.optim.AdamW(named, lr=stage.dense_lr, fused=True)
+        filled = [{**group, "name": "dense"} for group in groups if group["params"]]
+        return torch.optim.AdamW(filled, lr=stage.dense_lr, fused=True)
 
     optimizer = _keyed(parameters, adamw)
     _allocate_state(optimizer)

@@ -1,12 +1,20 @@
 from collections.abc import Iterator
+from typing import Any, get_args
 
 import pytest
 import torch
+from small_log import Log, make_model, model_config
 from toy_model import Job, Toy
 
 from hetegen_rec.config import ConfigError
+from hetegen_rec.config.backbone import BackboneName
 from hetegen_rec.config.run import StageConfig
-from hetegen_rec.distributed.optimizers import GatedOptimizer, attach_table_optimizer, make_optimizer
+from hetegen_rec.distributed.optimizers import (
+    GatedOptimizer,
+    attach_table_optimizer,
+    make_optimizer,
+    matrices,
+)
 from hetegen_rec.distributed.runtime import Runtime, start_runtime
 from hetegen_rec.distributed.sharding import table_weights
 
@@ -42,6 +50,70 @@ def test_decay_touches_matrices_only(runtime: Runtime) -> None:
     assert torch.allclose(after["score.weight"], 0.95 * before["score.weight"])
     assert torch.equal(after["score.bias"], before["score.bias"])
     assert torch.equal(after["difficulty"], before["difficulty"])
+
+
+VECTORS = {
+    "context",
+    "decoder_bias",
+    "gain",
+    "label_embedding.weight",
+    "mask_vectors",
+    "norm.bias",
+    "place_embedding",
+    "cross.bias.0",
+    "cross.bias.1",
+    "cross.bias.2",
+}
+"""How parameters of two dimensions end that are no matrices, in all models."""
+MODELS: dict[str, dict[str, Any]] = {
+    **{name: {"backbone": {"name": name}} for name in get_args(BackboneName)},
+    "generated": {"backbone": {"name": "dcnv2", "generate": True, "rank": 2}},
+    "mlp head": {"ctr": {"head": "mlp"}, "backbone": {"generate": True}},
+    "masked features": {"objective": {"name": "masked_features"}},
+    "replaced features": {"objective": {"name": "replaced_features"}},
+}
+
+
+@pytest.mark.parametrize("settings", MODELS.values(), ids=MODELS)
+def test_every_parameter_of_two_dimensions_is_a_matrix_or_a_known_vector(settings: dict[str, Any]) -> None:
+    network = make_model(Log(64), "joint", model_config(**settings)).network
+    named = {name: p for name, p in network.named_parameters() if not name.endswith("difficulty")}
+    decayed = matrices(network, named)
+    assert decayed
+    for name, parameter in named.items():
+        is_vector = parameter.ndim < 2 or name.endswith(tuple(f".{end}" for end in VECTORS))
+        assert (name in decayed) != is_vector, name
+
+
+def _with_a_gain(job: Job, stage: StageConfig) -> Job:
+    """The toy with gains and a bias of several fields, [F, D]."""
+    job.model.module.norm = torch.nn.ParameterDict({"gain": torch.ones(3, 4), "bias": torch.ones(3, 4)})
+    job.optimizer = make_optimizer(job.model, stage, "rowwise_adagrad", 0.05)
+    return job
+
+
+def test_gains_and_biases_of_several_fields_are_not_decayed(runtime: Runtime) -> None:
+    stage = StageConfig(dense_lr=0.1, weight_decay=0.5)
+    job = _with_a_gain(Job(runtime, "table_wise", stage=stage), stage)
+    for parameter in job.model.module.norm.values():
+        parameter.grad = torch.zeros_like(parameter)
+    job.optimizer.step()
+    after = _parameters(job)
+    assert torch.equal(after["norm.gain"], torch.ones(3, 4))
+    assert torch.equal(after["norm.bias"], torch.ones(3, 4))
+
+
+def test_state_loads_whatever_was_decayed(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "hetegen_rec.distributed.optimizers.matrices",
+            lambda _, parameters: {name for name, p in parameters.items() if p.ndim >= 2},
+        )
+        before = _with_a_gain(Job(runtime, "table_wise"), StageConfig(weight_decay=0.1))
+    before.optimizer.state_dict()["state"]["norm.gain"]["exp_avg"].fill_(3.0)
+    job = _with_a_gain(Job(runtime, "table_wise"), StageConfig(weight_decay=0.1))
+    job.optimizer.load_state_dict(before.optimizer.state_dict())
+    assert (job.optimizer.state_dict()["state"]["norm.gain"]["exp_avg"] == 3.0).all()
 
 
 def test_state_is_there_before_the_first_step_and_weights_are_untouched(runtime: Runtime) -> None:
