@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hetegen_rec.models.difficulty import Difficulty, Probe
+from hetegen_rec.models.difficulty import Difficulty, FieldLosses
 from hetegen_rec.models.network import Outputs
 from hetegen_rec.models.reduction import mean_over_ranks
 
@@ -23,8 +23,8 @@ class Meter:
         self._rows = 0
         self._start = time.monotonic()
         self._terms: dict[str, Tensor] = {}
-        self._fields: tuple[Tensor, Tensor] | None = None
-        self._probes: dict[str, list[Tensor]] = {}
+        self._fields: dict[str, Tensor] = {}
+        """[2, F] by measure: sum over the steps in which a field has a value, and their number."""
 
     @property
     def is_empty(self) -> bool:
@@ -38,26 +38,30 @@ class Meter:
         for name, term in outputs.terms.items():
             self._terms[name] = self._terms.get(name, torch.zeros_like(term)) + term
         if outputs.fields is not None:
-            relative = outputs.fields.over_bins(outputs.fields.relative)
-            cross_entropy = outputs.fields.over_bins(outputs.fields.cross_entropy)
-            if self._fields is not None:
-                cross_entropy = cross_entropy + self._fields[0]
-                relative = relative + self._fields[1]
-            self._fields = (cross_entropy, relative)
-            self._add_probe(outputs.fields.probe)
+            self._add_losses(outputs.fields)
 
-    def _add_probe(self, probe: Probe | None) -> None:
+    def _add_losses(self, fields: FieldLosses) -> None:
+        seen, probe = fields.seen.any(1), fields.probe
+        self._add_measure("loss", fields.over_bins(fields.cross_entropy), seen)
+        self._add_measure("relative", fields.over_bins(fields.relative), seen)
         if probe is None:
             return
-        self._probes.setdefault("gradient_share", []).append(probe.shares)
+        # Without a target a field takes none of the gradient, but has no direction.
+        self._add_measure("gradient_share", probe.shares, torch.ones_like(seen))
         if probe.alignment is not None:
-            self._probes.setdefault("label_cosine", []).append(probe.alignment)
+            self._add_measure("label_cosine", probe.alignment, seen)
+
+    def _add_measure(self, name: str, values: Tensor, has_value: Tensor) -> None:
+        """Adds the values [F] of one step, as far as the fields have one."""
+        sums = torch.stack([values.where(has_value, 0.0), has_value.to(values.dtype)])
+        self._fields[name] = self._fields.get(name, torch.zeros_like(sums)) + sums
 
     def read(self, difficulty: Difficulty, names: list[str]) -> dict[str, Any]:
         """Means over the window and all ranks: rate, terms, and every field's l, r, s, w. A collective.
 
+        l and r are means over the steps in which the field had a target, and left out if there was none.
         Where a step of the window probed the gradients, every field also has its share of their norms and,
-        with the label in the set, the cosine with the gradient of the label loss.
+        with the label in the set and where it had a target, the cosine with the gradient of the label loss.
         `loss` is the sum of the terms without the calibration of s, which is no measure of fit.
         """
         # A rank's terms are those of its own rows, scaled so that the global ones are their mean.
@@ -66,17 +70,17 @@ class Meter:
         loss = sum(value for name, value in terms.items() if name != "calibration")
         rate = self._rows / max(time.monotonic() - self._start, 1e-9)
         values: dict[str, Any] = {"samples_per_second": round(rate, 1), "loss": loss, "terms": terms}
-        if self._fields is not None:
-            cross_entropy, relative = (total / self._steps for total in self._fields)
-            columns = {
-                "loss": cross_entropy,
-                "relative": relative,
-                "difficulty": difficulty.scalars.mean(1),
-                "weight": difficulty.weights().mean(1),
-                **{key: torch.stack(probes).mean(0) for key, probes in self._probes.items()},
-            }
-            rows = torch.stack(list(columns.values()), dim=1).tolist()
-            values["fields"] = {
-                name: dict(zip(columns, row, strict=True)) for name, row in zip(names, rows, strict=True)
-            }
+        if self._fields:
+            values["fields"] = self._of_fields(difficulty, names)
         return values
+
+    def _of_fields(self, difficulty: Difficulty, names: list[str]) -> dict[str, dict[str, float]]:
+        """The measures of every field that have a value."""
+        now = {"difficulty": difficulty.scalars.mean(1), "weight": difficulty.weights().mean(1)}
+        columns = self._fields | {key: torch.stack([one, torch.ones_like(one)]) for key, one in now.items()}
+        sums, counts = torch.stack(list(columns.values()), dim=2)  # [F, measures] each
+        rows = zip(names, (sums / counts).tolist(), counts.tolist(), strict=True)
+        return {
+            name: {key: mean for key, mean, count in zip(columns, means, steps, strict=True) if count}
+            for name, means, steps in rows
+        }
