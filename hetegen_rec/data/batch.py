@@ -44,7 +44,7 @@ class Batch(Pipelineable):
     """Where the reader stood after this batch."""
     context: dict[str, torch.Tensor] = field(default_factory=dict)
     """[B] columns for evaluation, never model input: `user_key`, `user_rows`, `item_rows`,
-    `timestamp` (int64), those that the schema gives."""
+    `timestamp` (int64), those that the schema gives. `item_rows` is -1 where the row has no item."""
     movement: torch.Tensor | None = None
     """[B, T] float32 in (0, 1]: factor on the gradient of each cell's table row, below 1 for ids that are
     held; None where none is."""

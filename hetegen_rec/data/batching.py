@@ -25,6 +25,8 @@ from hetegen_rec.data.statistics import Statistics, drop_probability
 
 LABEL = "__label"
 ROW_ID = "__row_id"
+NO_ITEM = -1
+"""`item_rows` of rows whose item is not given, which the 0 of an item without training rows is not."""
 _NO_ID = -1
 _DROPOUT_SALT = salt_of("oov_dropout")
 
@@ -182,10 +184,7 @@ class Batcher:
             num_real_rows=num_real_rows,
             noise_seed=noise_seed,
             cursor=cursor,
-            context={
-                name: _tensor(_column(table, column).astype(np.int64))
-                for name, column in context_columns(self.schema).items()
-            },
+            context=self._context(table),
             movement=self._movement.of_rows(rows, bags) if self._movement else None,
         )
 
@@ -243,6 +242,18 @@ class Batcher:
             block[np.arange(field.list_length) < lengths[:, None]] = values
             ids[token : token + field.list_length] = block.T
         return ids, bags
+
+    def _context(self, table: pa.Table) -> dict[str, torch.Tensor]:
+        """The columns that only evaluation reads, [B] each."""
+        columns = {
+            name: _column(table, column).astype(np.int64)
+            for name, column in context_columns(self.schema).items()
+        }
+        if self.schema.item is not None:
+            # The table's own id: dropout may have replaced that of the batch.
+            is_missing = _column(table, self.schema.item) == ReservedId.MISSING
+            columns["item_rows"][is_missing] = NO_ITEM
+        return {name: _tensor(column) for name, column in columns.items()}
 
     def _problem(self, column: pa.ChunkedArray, name: str) -> str | None:
         """What no encoded column of this name holds, and this one does."""

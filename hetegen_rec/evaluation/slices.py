@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hetegen_rec.config.run import EvaluationConfig
+from hetegen_rec.data.batching import NO_ITEM
 from hetegen_rec.evaluation.counts import IntArray
 
 MISSING_USER = 0
@@ -37,7 +38,7 @@ def make_slices(
 
     Args:
         context: [N] columns; `user_rows` and `item_rows` (training rows of the row's user and item)
-            are looked at, and `user_key`.
+            are looked at, and `user_key`. A row whose user or item is not given is in none of its slices.
         config: bounds of the slices.
         head_items_threshold: training rows of the least frequent item of the head, from
             `head_threshold`; None leaves out head and tail.
@@ -82,11 +83,12 @@ def _item_slices(context: Mapping[str, IntArray], threshold: int | None) -> list
     if "item_rows" not in context:
         return []
     seen = context["item_rows"]
+    known = seen != NO_ITEM
     unseen = Slice("unseen_items", "items without a training row", seen == 0)
     if threshold is None:
         return [unseen]
     return [
         unseen,
-        Slice("tail_items", f"long-tail items (under {threshold:,} rows)", seen < threshold),
-        Slice("head_items", f"head items ({threshold:,} rows or more)", seen >= threshold),
+        Slice("tail_items", f"long-tail items (under {threshold:,} rows)", known & (seen < threshold)),
+        Slice("head_items", f"head items ({threshold:,} rows or more)", known & (seen >= threshold)),
     ]

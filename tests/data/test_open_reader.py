@@ -14,6 +14,7 @@ from alone import Alone
 from hetegen_rec.config.errors import ConfigError
 from hetegen_rec.config.loading import parse_config
 from hetegen_rec.data.batch import Batch
+from hetegen_rec.data.batching import NO_ITEM
 from hetegen_rec.data.cursor import Cursor
 from hetegen_rec.data.encoding import Encoder
 from hetegen_rec.data.prepare import prepare
@@ -160,6 +161,16 @@ def test_context_holds_what_the_schema_names(prepared):
     batch = next(open_split(*prepared, "valid").epoch(START))
     assert set(batch.context) == {"timestamp", "user_key", "user_rows", "item_rows"}
     assert batch.context["timestamp"].tolist() == [1000 + row for row in batch.row_ids.tolist()]
+
+
+def test_rows_without_an_item_are_told_from_items_without_training_rows(raw, prepared):
+    config, statistics = prepared
+    items = pq.read_table(raw / "train")["item"].to_pylist()
+    reader = open_split(config, statistics, "train", oov_dropout=10.0)
+    for batch in reader.epoch(START):
+        real = batch.row_ids >= 0
+        rows, ids = batch.context["item_rows"][real].tolist(), batch.row_ids[real].tolist()
+        assert [count == NO_ITEM for count in rows] == [items[row] is None for row in ids]
 
 
 def test_dropout_spares_ids_that_training_saw_often(prepared):

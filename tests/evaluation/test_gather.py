@@ -30,7 +30,7 @@ def rows_of(scenario):
     context = {
         "user_key": rng.integers(-40, 40, size),
         "user_rows": rng.integers(0, 9, size),
-        "item_rows": rng.integers(0, 60, size),
+        "item_rows": rng.integers(-1, 60, size),
     }
     return probabilities, labels, {} if scenario == "no_context" else context
 
@@ -121,7 +121,8 @@ def test_slices_are_metrics_of_their_rows():
     probabilities, labels, context = rows_of("plain")
     masks = {
         "cold_users": (context["user_key"] != 0) & (context["user_rows"] > 0) & (context["user_rows"] < 6),
-        "tail_items": context["item_rows"] < HEAD,
+        "unseen_items": context["item_rows"] == 0,
+        "tail_items": (context["item_rows"] >= 0) & (context["item_rows"] < HEAD),
     }
     for name, mask in masks.items():
         found = alone("plain")["slices"][name]

@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hetegen_rec.config.run import EvaluationConfig
+from hetegen_rec.data.batching import NO_ITEM
 from hetegen_rec.evaluation.slices import head_threshold, make_slices
 
 
@@ -36,6 +37,13 @@ def test_items_are_head_or_tail_and_unseen_ones_belong_to_the_tail():
         "head_items": [False, False, True],
     }
     assert set(masks({"item_rows": [0]}, threshold=None)) == {"unseen_items"}
+
+
+def test_a_missing_item_is_in_no_slice():
+    found = masks({"item_rows": [NO_ITEM, 0, 10]}) | masks({"item_rows": [NO_ITEM, 10]}, threshold=0)
+    assert not any(mask[0] for mask in found.values())
+    assert masks({"item_rows": [NO_ITEM, 0]})["unseen_items"] == [False, True]
+    assert masks({"item_rows": [NO_ITEM, 0]})["tail_items"] == [False, True]
 
 
 def test_no_context_no_slices():
