@@ -7,12 +7,13 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from hetegen_rec.config.run import ModelConfig, Stage, StageConfig, TrainConfig
+from hetegen_rec.config.run import BalanceForm, ModelConfig, Stage, StageConfig, TrainConfig
 from hetegen_rec.config.schema import NUM_RESERVED_IDS, Schema
 from hetegen_rec.data.batch import Batch
 from hetegen_rec.data.batching import Batcher, encoded_schema
 from hetegen_rec.data.cursor import Cursor, Served
 from hetegen_rec.data.statistics import FieldStatistics, Statistics
+from hetegen_rec.models.balancing import FORMS
 from hetegen_rec.models.corruption import Corrupted, Diffusion, RowNoise
 from hetegen_rec.models.hetegen import HeteGen, build_model
 
@@ -123,6 +124,11 @@ def model_config(**sections: Any) -> ModelConfig:
     for name, value in sections.items():
         values[name] = {**values.get(name, {}), **value} if isinstance(value, dict) else value
     return ModelConfig.model_validate(values)
+
+
+def balance_of(form: BalanceForm, every: int = 1) -> dict[str, Any]:
+    """Settings of a form of balancing that probes gradients every so many steps, if it does at all."""
+    return {"form": form, "probe_every": every} if FORMS[form].wants_probe else {"form": form}
 
 
 def make_model(

@@ -118,7 +118,7 @@ class BalanceConfig(Section):
     form: BalanceForm = "difficulty"
     exponent: float = 1.0
     """`difficulty` and `conditional`: g in w_f ~ exp(g s_f); `gradnorm`: its alpha."""
-    learning_rate: PositiveFloat = 0.05
+    learning_rate: float = Field(0.05, gt=0.0, lt=1.0)
     """Step size of the difficulty scalars (SGD): the inverse of their memory in steps."""
     probe_every: PositiveInt = 10
     """`aligned` and `gradnorm` only: steps between two probes of the per-field gradients."""
@@ -131,6 +131,8 @@ class BalanceConfig(Section):
             self._refuse_unused(f"with `form: {self.form}`", "exponent")
         if self.form != "conditional":
             self._refuse_unused(f"with `form: {self.form}`", "noise_bins")
+        if self.form not in ("aligned", "gradnorm"):
+            self._refuse_unused(f"with `form: {self.form}`", "probe_every")
         return self
 
 

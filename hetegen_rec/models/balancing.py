@@ -30,6 +30,11 @@ class Conditional(Exponential):
         """As many as configured."""
         return config.noise_bins
 
+    def over_targets(self, values: Tensor) -> Tensor:
+        """At noise level t a share t of the cells are targets, and levels come equally often."""
+        middles = torch.arange(self.num_bins, device=values.device) + 0.5
+        return values @ (middles / middles.sum())
+
 
 class Literal(Difficulty):
     """`literal`: exp(-s) l + s / 2, as reported for HeteGenCTR; weights fall with difficulty.
@@ -44,8 +49,8 @@ class Literal(Difficulty):
         return torch.exp(-self.scalars)
 
     def calibration_terms(self, losses: FieldLosses) -> Tensor:
-        """Minimal at exp(-s) = 1 / (2 l)."""
-        return torch.exp(-self.difficulty) * losses.cross_entropy.detach() + self.difficulty / 2
+        """At rest at exp(-s) = 1 / (2 l)."""
+        return self.towards(2.0 * losses.cross_entropy)
 
 
 class Uncertainty(Literal):
@@ -75,9 +80,8 @@ class Informative(Difficulty):
         return (4.0 * level * (1.0 - level)).clamp(min=_FLOOR)
 
     def calibration_terms(self, losses: FieldLosses) -> Tensor:
-        """Minimal at s = log u."""
-        level = losses.against_baseline.detach()
-        return torch.exp(-self.difficulty) * level + self.difficulty
+        """At rest at s = log u."""
+        return self.towards(losses.against_baseline)
 
 
 class Learnable(Difficulty):
@@ -161,9 +165,10 @@ class Aligned(Difficulty):
 
     @torch.no_grad()
     def observe(self, losses: FieldLosses, probe: Probe | None) -> None:
-        """Averages over probes."""
+        """Averages over probes, of the fields that had targets."""
         if probe is not None and probe.alignment is not None:
-            self.alignment.lerp_(probe.alignment, 1.0 - _PROBE_MEMORY)
+            moved = self.alignment.lerp(probe.alignment, 1.0 - _PROBE_MEMORY)
+            self.alignment.copy_(torch.where(losses.seen.any(1), moved, self.alignment))
 
 
 class GradNorm(Difficulty):
@@ -184,18 +189,22 @@ class GradNorm(Difficulty):
         return torch.exp(self.scalars - self.scalars.max())
 
     def calibration_terms(self, losses: FieldLosses) -> Tensor:
-        """|w_f n_f - mean(w n) (r_f / mean r)^alpha|, the right side constant."""
-        weights = torch.exp(self.difficulty[:, 0])
+        """|w_f n_f - mean(w n) (r_f / mean r)^alpha|, the right side constant; over fields with targets."""
+        seen = losses.seen.any(1)
+        # The others' scalars stand in the mean of the weights, but do not move.
+        scalars = torch.where(seen, self.difficulty[:, 0], self.scalars[:, 0])
+        weights = torch.exp(scalars)
         weighted = weights / weights.mean() * self.norms
         rate = losses.over_bins(losses.relative).detach()
-        target = weighted.detach().mean() * (rate / rate.mean()) ** self.config.exponent
+        target = _mean_of(weighted.detach(), seen) * (rate / _mean_of(rate, seen)) ** self.config.exponent
         return (weighted - target).abs()[:, None]
 
     @torch.no_grad()
     def observe(self, losses: FieldLosses, probe: Probe | None) -> None:
-        """Averages over probes."""
+        """Averages over probes, of the fields that had targets."""
         if probe is not None:
-            self.norms.lerp_(probe.norms, 1.0 - _PROBE_MEMORY)
+            moved = self.norms.lerp(probe.norms, 1.0 - _PROBE_MEMORY)
+            self.norms.copy_(torch.where(losses.seen.any(1), moved, self.norms))
 
 
 class DynamicWeightAverage(Difficulty):
@@ -232,6 +241,12 @@ class DynamicWeightAverage(Difficulty):
         self.window_mean.copy_(torch.where(is_full, mean, self.window_mean))
         self.window_sum.mul_(~is_full)
         self.window_steps.mul_(~is_full)
+
+
+def _mean_of(values: Tensor, chosen: Tensor) -> Tensor:
+    """Mean of values [F] over the chosen fields; 1 if there is none."""
+    count = chosen.sum()
+    return torch.where(count > 0, (values * chosen).sum() / count.clamp(min=1), 1.0)
 
 
 FORMS: dict[BalanceForm, type[Difficulty]] = {

@@ -4,10 +4,10 @@ The loss of every form of balancing is
 
     L = (1/F) sum_f sg[w_f] x_f  +  sum_f calibration(s_f, sg[x_f])
 
-with x_f the field's loss. The first term trains the network, the second only moves the scalars s, so
-the two never compete. That matters: if w and s were minimised together, raising a field's loss could
-only lower its weight, the reverse of what HeteGenCTR (arXiv 2605.24986) claims; docs/method.md
-section 5 has the argument and the derivation of the default form.
+with x_f the field's loss (`literal` and `uncertainty` have the sum, as published). The first term trains
+the network, the second only moves the scalars s, so the two never compete. That matters: if w and s were
+minimised together, raising a field's loss could only lower its weight, the reverse of what HeteGenCTR
+(arXiv 2605.24986) claims; docs/method.md section 5 has the argument and the derivation of the default form.
 
 Losses are reduced over all ranks before they arrive here, so every rank holds the same scalars.
 """
@@ -99,7 +99,8 @@ class Difficulty(nn.Module):
     wants_probe = False
     """Whether the form looks at per-field gradients now and then."""
     uses_cross_entropy = False
-    """Whether x_f is the cross-entropy itself rather than the loss relative to chance."""
+    """Whether x_f is the cross-entropy itself, summed over fields, rather than the loss relative to chance,
+    of which the mean is taken."""
 
     def __init__(self, num_fields: int, config: BalanceConfig) -> None:
         super().__init__()
@@ -126,13 +127,17 @@ class Difficulty(nn.Module):
         return torch.ones_like(self.scalars)
 
     def weights(self) -> Tensor:
-        """w [F, K] with a mean of 1, so that no form changes the size of the step."""
+        """w [F, K] with a mean of 1 over the targets, so that no form changes the size of the step."""
         raw = self.raw_weights()
-        return raw / raw.mean()
+        return raw / self.over_targets(raw).mean()
+
+    def over_targets(self, values: Tensor) -> Tensor:
+        """Mean of values [F, K] over the bins, by the share of a field's targets that is expected there."""
+        return values.mean(1)
 
     def gain(self) -> Tensor:
         """g [F]: gain of attention, sqrt(w), 1 at the start."""
-        return self.weights().mean(1).sqrt()
+        return self.over_targets(self.weights()).sqrt()
 
     def key_bias(self) -> Tensor:
         """[F]: s_f - mean s, the additive bias of keys."""
@@ -144,8 +149,18 @@ class Difficulty(nn.Module):
         return losses.cross_entropy if self.uses_cross_entropy else losses.relative
 
     def calibration_terms(self, losses: FieldLosses) -> Tensor:
-        """[F, K]: terms whose minimum over s is the equilibrium; here s = log r."""
-        return torch.exp(-self.difficulty) * self.objective(losses).detach() + self.difficulty
+        """[F, K]: terms that move s to its equilibrium; here s = log r."""
+        return self.towards(self.objective(losses))
+
+    def towards(self, level: Tensor) -> Tensor:
+        """[F, K]: terms whose SGD step makes e^s the moving average (1 - k) e^s + k level, k the step size.
+
+        To first order in k that is the step of exp(-s) level + s. But that one has no bound where the level
+        is far above e^s: a single batch could throw a solved field's scalar up for hundreds of steps.
+        """
+        rate = self.config.learning_rate
+        step = torch.log1p(rate * (level.detach() * torch.exp(-self.scalars) - 1.0)) / rate
+        return -step * self.difficulty
 
     def calibration(self, losses: FieldLosses) -> Tensor:
         """The scalar loss that moves s. Its gradient never reaches the network."""

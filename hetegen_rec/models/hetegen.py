@@ -22,7 +22,7 @@ from hetegen_rec.models.objectives.factory import make_objective
 from hetegen_rec.models.reconstruction import RowLosses
 from hetegen_rec.models.reduction import mean_over_ranks, num_ranks, sum_over_ranks
 
-_LEAST_REAL = 1e-6
+_LEAST_SAY = 1e-6
 """Weight of a rank without real rows, so that a step of which every row was skipped divides by no zero."""
 
 
@@ -156,15 +156,16 @@ class HeteGenNetwork(ClickNetwork):
         if not self.is_generative:
             return {}, None
         hidden, corrupted, rows = self.reconstruct(tokens, present, batch)
-        local, fields = self._reduce(rows, batch, corrupted)
+        local, fields = self._reduce(rows, corrupted)
         label = self._label_loss(hidden, batch, corrupted) if self.config.label_in_set else None
         for_form = self.difficulty.wants_probe and _is_one_in(self.config.balance.probe_every, batch)
         if for_form or (self.probe_every is not None and _is_one_in(self.probe_every, batch)):
             fields.probe = self._probe(local, fields, label)
         self.difficulty.observe(fields, fields.probe if for_form else None)
         weighted = self.difficulty.weights() * self._relative_to_form(local, fields)
+        num_parts = 1 if self.difficulty.uses_cross_entropy else len(self.fields)
         terms = {
-            "generative": weighted.sum() / len(self.fields),
+            "generative": weighted.sum() / num_parts,
             "calibration": self.difficulty.calibration(fields),
         }
         if label is not None:
@@ -186,7 +187,7 @@ class HeteGenNetwork(ClickNetwork):
         )
         return hidden, corrupted, self.reconstruction(hidden, tokens, batch, corrupted, noise)
 
-    def _reduce(self, rows: RowLosses, batch: Batch, corrupted: Corrupted) -> tuple[Tensor, FieldLosses]:
+    def _reduce(self, rows: RowLosses, corrupted: Corrupted) -> tuple[Tensor, FieldLosses]:
         """This rank's share [F, K] of the global mean losses (with gradient), and their values.
 
         Summed over ranks and divided by their number, as gradients are, the shares give the mean
@@ -197,9 +198,9 @@ class HeteGenNetwork(ClickNetwork):
         # Not as matrix products, which autocast would round to bf16.
         sums = (rows.loss.float()[..., None] * bins[:, None]).sum(0)  # [F, K]
         counts = (rows.is_target[..., None] * bins[:, None]).sum(0)
-        # A rank's chance level counts by its real rows: one of nothing but padding has next to no say.
-        real = (batch.row_ids >= 0).float().mean().clamp(min=_LEAST_REAL)
-        levels = torch.stack([rows.chance, rows.baseline, torch.ones_like(rows.chance)], 1) * real
+        # A rank's chance level counts by its targets, and hardly at all where it has none.
+        say = counts.sum(1, keepdim=True) + _LEAST_SAY
+        levels = torch.stack([rows.chance, rows.baseline, torch.ones_like(rows.chance)], 1) * say
         packed = torch.cat([sums.detach(), counts, levels], 1)
         total = sum_over_ranks(packed)
         count = total[:, num_bins : 2 * num_bins]

@@ -32,10 +32,11 @@ class RowLosses:
     is_target: Tensor
     """[B, F] bool."""
     chance: Tensor
-    """[F]: cross-entropy of a uniform guess on this rank's batch, such as log V, or log(1 + K)."""
+    """[F]: cross-entropy of a uniform guess on this rank's batch, such as log V, or log(1 + K), mean over the
+    targets with K negatives each."""
     baseline: Tensor
     """[F]: cross-entropy of a guess that knows how often, but not where: for a full softmax the entropy of
-    the field's marginal distribution, for a sampled one log(1 + K)."""
+    the field's marginal distribution, for a sampled one log(1 + K): logits are corrected by frequency."""
     rank: Tensor | None = None
     """[B, F] int64: how many of the values it chooses from the head likes no less than the true one (of a
     set of true values, than the best of them). None in training, and for heads that do not choose."""
@@ -248,14 +249,16 @@ class SampledSoftmax(MatchingHead):
         ids = batch.ids.gather(1, picks).T  # [F, B]
         log_q = batch.log_prior.gather(1, picks).T
         is_target = corrupted.is_target.gather(1, picks)
-        positive = (query * keys).sum(-1) - log_q  # [F, B]
+        score = (query * keys).sum(-1)  # [F, B]
         is_candidate = ids[:, : self.num_candidates] >= NUM_RESERVED_IDS
         candidates = Candidates.among(ids, is_candidate, log_q)
-        loss = sampled_cross_entropy(positive, query, keys, candidates, is_target.T)
-        chance = torch.log1p(is_candidate.sum(1).clamp(min=1).float())
+        negatives = candidates.negatives()  # [F, B]
+        is_target = is_target & (negatives > 0).T  # there is nothing to choose from otherwise
+        loss = sampled_cross_entropy(score - log_q, query, keys, candidates, is_target.T)
+        chance = _mean_over_targets(negatives.log1p(), is_target.T)
         rank = None
-        if not self.training:
-            rank = (candidates.logits(query, keys) >= positive[..., None]).sum(-1).T
+        if not self.training:  # by likelihood: the correction is for the loss, and would rank by lift
+            rank = (candidates.scores(query, keys) >= score[..., None]).sum(-1).T
         return RowLosses(loss.T, is_target, chance, chance, rank)
 
     def queries(self, name: str, hidden: Tensor) -> Tensor:
@@ -268,6 +271,12 @@ class SampledSoftmax(MatchingHead):
         """[F]: temperatures with a floor, which passes gradients on, or none could leave it again."""
         free = self.log_temperature.exp()
         return free + (free.clamp(min=_MIN_TEMPERATURE) - free).detach()
+
+
+def _mean_over_targets(levels: Tensor, is_target: Tensor) -> Tensor:
+    """Mean of levels [F, B] over the targets of each field, of all rows where it has none; at least log 2."""
+    counted = torch.where(is_target.any(1, keepdim=True), is_target, True)
+    return ((levels * counted).sum(1) / counted.sum(1)).clamp(min=math.log(2.0))
 
 
 def _pick(span: tuple[int, int], is_target: Tensor, ids: Tensor, noise: RowNoise) -> Tensor:

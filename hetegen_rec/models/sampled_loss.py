@@ -59,16 +59,21 @@ class Candidates:
         bias = torch.where(is_used, -log_q.gather(1, row), _NONE)
         return cls(row, bias, count.clamp(min=1).float().log(), own, column[:, -1] + 1)
 
-    def logits(self, query: Tensor, keys: Tensor) -> Tensor:
-        """[F, B, K + 1]: of every value, however often it comes; minus infinity for a row's own and none.
+    def negatives(self) -> Tensor:
+        """[F, B]: how many of the rows are candidates for a row: those that have another value."""
+        count = torch.where(self.bias > _NONE, self.log_count.exp().round(), 0.0)
+        return count.sum(1, keepdim=True) - count.gather(1, self.own)
+
+    def scores(self, query: Tensor, keys: Tensor) -> Tensor:
+        """[F, B, K + 1]: of every value, uncorrected; minus infinity for a row's own and where there is none.
 
         Args:
             query: [F, B, D].
             keys: [F, B, D], of the values of the rows.
         """
         chosen = keys.gather(1, self.row[..., None].expand(-1, -1, keys.shape[-1]))
-        logits = (query @ chosen.mT).float() + self.bias[:, None]
-        return logits.scatter_(2, self.own[..., None], _NONE)
+        scores = (query @ chosen.mT).float().masked_fill((self.bias == _NONE)[:, None], _NONE)
+        return scores.scatter_(2, self.own[..., None], _NONE)
 
 
 def sampled_cross_entropy(

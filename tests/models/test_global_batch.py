@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from multirank import run_ranks
-from small_log import SCHEMA, Log, make_model, model_config
+from small_log import SCHEMA, Log, balance_of, make_model, model_config
 
 from hetegen_rec.config.run import Stage
 from hetegen_rec.config.schema import Schema
@@ -71,7 +71,7 @@ def test_the_mean_over_the_ranks_is_the_gradient_of_the_global_batch():
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("stage", STAGES)
 def test_nothing_but_padding_trains_nothing(stage, form, kind):
-    config = model_config(balance={"form": form, "probe_every": 1}, noise={"kind": kind})
+    config = model_config(balance=balance_of(form), noise={"kind": kind})
     model = make_model(log(), stage, config, table_l2=0.1)
     loss, outputs = model(replace(log().batch(0, 0, padding=8), num_real_rows=32))
     loss.backward()

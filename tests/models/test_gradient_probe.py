@@ -6,7 +6,7 @@ from functools import cache
 import pytest
 import torch
 from multirank import run_ranks
-from small_log import SCHEMA, Log, make_model, model_config
+from small_log import SCHEMA, Log, balance_of, make_model, model_config
 
 from hetegen_rec.config.schema import Schema
 from hetegen_rec.distributed.runtime import start_runtime
@@ -30,7 +30,7 @@ def probing(stage="pretrain", every=1, **settings):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_can_be_measured_and_trains_as_if_it_were_not(form):
-    balance = {"form": form, "probe_every": 10_000}
+    balance = balance_of(form, every=10_000)
     measured, plain = probing(balance=balance), probing(every=None, balance=balance)
     plain.load_state_dict(measured.state_dict())
     losses = {}

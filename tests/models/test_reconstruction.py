@@ -5,6 +5,7 @@ from copy import deepcopy
 from dataclasses import replace
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
 from small_log import DIM, FULL, HISTORY, LENGTH, NUM_VALUES, SAMPLED, SCHEMA, TOKENS, Log, column, corrupt
@@ -23,6 +24,7 @@ from hetegen_rec.models.reconstruction import (
     split_fields,
     vocabulary_parameters,
 )
+from hetegen_rec.models.sampled_loss import Candidates, sampled_cross_entropy
 
 NUM_ROWS = 64
 
@@ -129,12 +131,12 @@ def chosen(case, name):
 
 
 def slow_sampled(case, head, name, num_candidates):
-    """Losses and the number of usable candidates by a loop over rows and candidates."""
+    """Losses and the mean chance level of the targets by a loop over rows and candidates."""
     index = SAMPLED.index(name)
     places = chosen(case, name)
     ids = [int(case.batch.ids[b, p]) for b, p in enumerate(places)]
     log_q = [float(case.batch.log_prior[b, p]) for b, p in enumerate(places)]
-    losses = torch.zeros(NUM_ROWS)
+    losses, chances = torch.zeros(NUM_ROWS), []
     for b, place in enumerate(places):
         if not case.corrupted.is_target[b, place]:
             continue
@@ -147,7 +149,8 @@ def slow_sampled(case, head, name, num_candidates):
         negatives = [k for k in range(num_candidates) if ids[k] >= NUM_RESERVED_IDS and ids[k] != ids[b]]
         logits = torch.stack([logit(b), *(logit(k) for k in negatives)])
         losses[b] = -logits.log_softmax(0)[0]
-    return losses, sum(ids[k] >= NUM_RESERVED_IDS for k in range(num_candidates))
+        chances.append(math.log(1 + len(negatives)))
+    return losses, sum(chances) / len(chances)
 
 
 @torch.no_grad()
@@ -156,12 +159,12 @@ def slow_sampled(case, head, name, num_candidates):
 def test_sampled_softmax_equals_the_reference(name, num_candidates):
     case = Case()
     head, losses = case.sampled(num_candidates)
-    expected, usable = slow_sampled(case, head, name, num_candidates)
+    expected, chance = slow_sampled(case, head, name, num_candidates)
     index = SAMPLED.index(name)
     assert losses.is_target[:, index].any()
-    assert 0 < usable < num_candidates
+    assert 0 < chance < math.log(num_candidates)
     torch.testing.assert_close(losses.loss[:, index], expected, rtol=1e-4, atol=1e-4)
-    assert losses.chance[index].item() == pytest.approx(math.log(1 + usable))
+    assert losses.chance[index].item() == pytest.approx(chance)
     assert torch.equal(losses.chance, losses.baseline)
 
 
@@ -193,12 +196,38 @@ def test_gradients_reach_the_rows_of_candidates_that_are_no_targets():
     assert set(ids[reached].tolist()) - set(ids[is_target].tolist())
 
 
-def test_without_a_reachable_candidate_the_loss_is_zero_and_finite():
+def test_where_all_candidates_are_the_value_itself_there_is_no_target():
     case = Case()
     case.batch.ids[:, column("item")] = NUM_RESERVED_IDS
     _, losses = case.sampled(names=["item"])
-    assert losses.is_target.any()
+    assert not losses.is_target.any()
     torch.testing.assert_close(losses.loss, torch.zeros_like(losses.loss))
+    assert losses.chance.isfinite().all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("share", [0.02, 0.8])
+def test_a_guess_by_frequency_is_at_chance_however_seldom_or_skewed_a_field_is(share):
+    """With `share` of the rows of one value, and with a value in only that share of the rows."""
+    rng = np.random.default_rng(0)
+    ids = torch.from_numpy(rng.integers(2, 200, (1, 512)))
+    probability = torch.full((200,), 1.0 / 198)
+    if share > 0.5:
+        ids[0, rng.random(512) < share] = 2
+        probability = torch.full((200,), (1 - share) / 198)
+        probability[2] += share
+    else:
+        ids[0, rng.random(512) >= share] = 0
+    is_target = ids >= NUM_RESERVED_IDS
+    log_q = probability.log()[ids]
+    candidates = Candidates.among(ids, is_target, log_q)
+    # The guess's score is log p, and the correction takes it away again.
+    query, keys = torch.ones(1, 512, 1), log_q[..., None]
+    negatives = candidates.negatives()
+    is_target &= negatives > 0
+    loss = sampled_cross_entropy(torch.zeros(1, 512), query, keys, candidates, is_target)
+    chance = (negatives.log1p() * is_target).sum() / is_target.sum()
+    assert (loss.sum() / is_target.sum() / chance).item() == pytest.approx(1.0, abs=1e-4)
 
 
 def test_a_sequence_predicts_each_of_its_noised_items_equally_often():

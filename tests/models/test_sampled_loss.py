@@ -104,13 +104,24 @@ def test_candidates_are_the_distinct_values_with_their_counts():
         assert candidates.bias[field, len(values) :].isneginf().all()
 
 
-def test_logits_leave_out_own_values_and_what_is_no_candidate():
+def test_scores_leave_out_own_values_and_what_is_no_candidate():
     rows = Inputs()
+    query, keys = rows.query.detach(), rows.keys().detach()
     candidates = Candidates.among(rows.ids, rows.is_candidate, rows.log_q)
-    logits = candidates.logits(rows.query.detach(), rows.keys().detach())
+    scores = candidates.scores(query, keys)
     for field in range(F):
         values = rows.ids[field, :K].unique()
-        of_values = logits[field, :, : len(values)]
+        of_values = scores[field, :, : len(values)]
         is_own = rows.ids[field][:, None] == values
-        assert torch.equal(of_values.isfinite(), ~is_own & (values >= RESERVED))
-        assert logits[field, :, len(values) :].isneginf().all()
+        is_scored = ~is_own & (values >= RESERVED)
+        assert torch.equal(of_values.isfinite(), is_scored)
+        assert scores[field, :, len(values) :].isneginf().all()
+        plain = query[field] @ keys[field, candidates.row[field, : len(values)]].T
+        torch.testing.assert_close(of_values[is_scored], plain[is_scored])
+
+
+def test_negatives_are_the_candidates_with_another_value():
+    rows = Inputs()
+    negatives = Candidates.among(rows.ids, rows.is_candidate, rows.log_q).negatives()
+    others = rows.ids[:, :, None] != rows.ids[:, None, :K]
+    assert torch.equal(negatives, (others & rows.is_candidate[:, None]).sum(-1).float())

@@ -11,7 +11,7 @@ import pytest
 import torch
 from multirank import run_ranks
 from one_thread import one_thread  # noqa: F401
-from small_log import SCHEMA, Log, build_model, column, model_config
+from small_log import SCHEMA, Log, balance_of, build_model, column, model_config
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torchrec.distributed.train_pipeline import TrainPipelineBase, TrainPipelineSparseDist
@@ -52,7 +52,7 @@ class Run:
         distributed = DistributedConfig(tables={"default": TableConfig(sharding=(sharding,))})  # type: ignore[arg-type]
         self.log = Log(ROWS * (STEPS + 1))
         self.runtime = runtime
-        balance = {"form": form, "probe_every": 1} if form in ("aligned", "gradnorm") else {"form": form}
+        balance = balance_of(form)
         model = build_model(
             SCHEMA, self.log.statistics, model_config(balance=balance), train, "joint", stage, 0
         )
