@@ -76,7 +76,7 @@ class Meter:
 
     def _of_fields(self, difficulty: Difficulty, names: list[str]) -> dict[str, dict[str, float]]:
         """The measures of every field that have a value."""
-        now = {"difficulty": difficulty.scalars.mean(1), "weight": difficulty.weights().mean(1)}
+        now = {"difficulty": difficulty.scalars.mean(1), "weight": difficulty.over_targets(difficulty.weights())}
         columns = self._fields | {key: torch.stack([one, torch.ones_like(one)]) for key, one in now.items()}
         sums, counts = torch.stack(list(columns.values()), dim=2)  # [F, measures] each
         rows = zip(names, (sums / counts).tolist(), counts.tolist(), strict=True)
