@@ -76,7 +76,8 @@ class Meter:
 
     def _of_fields(self, difficulty: Difficulty, names: list[str]) -> dict[str, dict[str, float]]:
         """The measures of every field that have a value."""
-        now = {"difficulty": difficulty.scalars.mean(1), "weight": difficulty.over_targets(difficulty.weights())}
+        weights = difficulty.over_targets(difficulty.weights())
+        now = {"difficulty": difficulty.scalars.mean(1), "weight": weights}
         columns = self._fields | {key: torch.stack([one, torch.ones_like(one)]) for key, one in now.items()}
         sums, counts = torch.stack(list(columns.values()), dim=2)  # [F, measures] each
         rows = zip(names, (sums / counts).tolist(), counts.tolist(), strict=True)
