@@ -55,9 +55,10 @@ def test_many_ranks_tell_of_one_problem_once(tmp_path):
     raw.mkdir()
     row = {"label": [1], "timestamp": [5], "user_id": [3], "item_id": [4], "segment": ["a"], "intent": [2]}
     row |= {"tags": [["x"]], "price": [1.5], "history": [[4]]}
-    pq.write_table(pa.table(row), raw / "one.parquet")
     values["data"] = {"prepared_dir": str(tmp_path / "prepared")}
-    values["data"] |= {split: str(raw / "one.parquet") for split in ("train", "valid")}
+    for split in ("train", "valid"):
+        values["data"][split] = str(raw / f"{split}.parquet")
+        pq.write_table(pa.table(row), values["data"][split])
     config = write_config(tmp_path / "run", values)
     result = start(["hetegen", "scratch", "--config", str(config), "--ranks", "2"])
     assert result.returncode == 2, result.stderr
