@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from hetegen_rec.config.run import BalanceForm, RunConfig
+from hetegen_rec.config.balance import BalanceForm
+from hetegen_rec.config.run import RunConfig
 from hetegen_rec.data.sources.synthetic import EASY_FIELDS, HARD_FIELDS, NOISE_FIELDS
 from hetegen_rec.distributed.runtime import Runtime, start_runtime
 from hetegen_rec.evaluation.run_record import StageRecord, read_run

@@ -7,7 +7,8 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from hetegen_rec.config.run import BalanceForm, ModelConfig, Stage, StageConfig, TrainConfig
+from hetegen_rec.config.balance import BalanceForm
+from hetegen_rec.config.run import ModelConfig, Stage, StageConfig, TrainConfig
 from hetegen_rec.config.schema import NUM_RESERVED_IDS, Schema
 from hetegen_rec.data.batch import Batch
 from hetegen_rec.data.batching import Batcher, encoded_schema

@@ -15,6 +15,7 @@ from pydantic import (
 )
 
 from hetegen_rec.config.backbone import BackboneConfig
+from hetegen_rec.config.balance import BalanceConfig
 from hetegen_rec.config.data import DataConfig, Split
 from hetegen_rec.config.errors import Section
 from hetegen_rec.config.export import ExportConfig
@@ -32,19 +33,6 @@ GENERATIVE_STAGES: tuple[Stage, ...] = ("pretrain", "joint")
 """Stages that reconstruct noised rows."""
 CLICK_STAGES: tuple[Stage, ...] = ("finetune", "joint", "scratch")
 """Stages that train the click head."""
-BalanceForm: TypeAlias = Literal[
-    "uniform",
-    "literal",
-    "difficulty",
-    "informative",
-    "learnable",
-    "progress",
-    "aligned",
-    "conditional",
-    "uncertainty",
-    "dwa",
-    "gradnorm",
-]
 AttentionGuidance: TypeAlias = Literal["none", "query", "query_key", "key_bias", "residual"]
 ShardingKind: TypeAlias = Literal[
     "data_parallel",
@@ -110,30 +98,6 @@ class ReconstructionConfig(Section):
     """Most in-batch candidates of a sampled softmax, per field and rank."""
     temperature: PositiveFloat = 0.07
     """Initial temperature of the cosine logits; learnt per field."""
-
-
-class BalanceConfig(Section):
-    """How the per-field reconstruction losses are weighted (docs/method.md section 5)."""
-
-    form: BalanceForm = "difficulty"
-    exponent: float = 1.0
-    """`difficulty` and `conditional`: g in w_f ~ exp(g s_f); `gradnorm`: its alpha."""
-    learning_rate: float = Field(0.05, gt=0.0, lt=1.0)
-    """Step size of the difficulty scalars (SGD): the inverse of their memory in steps."""
-    probe_every: PositiveInt = 10
-    """`aligned` and `gradnorm` only: steps between two probes of the per-field gradients."""
-    noise_bins: PositiveInt = 4
-    """`conditional` only: bins of the noise level t."""
-
-    @model_validator(mode="after")
-    def _check(self) -> "BalanceConfig":
-        if self.form not in ("difficulty", "conditional", "gradnorm"):
-            self._refuse_unused(f"with `form: {self.form}`", "exponent")
-        if self.form != "conditional":
-            self._refuse_unused(f"with `form: {self.form}`", "noise_bins")
-        if self.form not in ("aligned", "gradnorm"):
-            self._refuse_unused(f"with `form: {self.form}`", "probe_every")
-        return self
 
 
 class CTRConfig(Section):

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from hetegen_rec.config.run import BalanceConfig, BalanceForm
+from hetegen_rec.config.balance import BalanceConfig, BalanceForm
 from hetegen_rec.models.difficulty import Difficulty, FieldLosses, Probe
 
 _FLOOR = 0.1

@@ -18,7 +18,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from hetegen_rec.config.run import BalanceConfig
+from hetegen_rec.config.balance import BalanceConfig
 
 _MIN_CROSS_ENTROPY = 1e-3
 _MAX_AGAINST_BASELINE = 2.0

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hetegen_rec.config.run import BalanceConfig
+from hetegen_rec.config.balance import BalanceConfig
 from hetegen_rec.models.balancing import FORMS, make_difficulty
 from hetegen_rec.models.difficulty import FieldLosses, Probe
 

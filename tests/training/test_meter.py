@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hetegen_rec.config.run import BalanceConfig
+from hetegen_rec.config.balance import BalanceConfig
 from hetegen_rec.models.difficulty import Difficulty, FieldLosses, Probe
 from hetegen_rec.training.meter import Meter
 

@@ -6,7 +6,8 @@ from typing import cast
 from torch import Tensor, nn
 
 from hetegen_rec.config.backbone import BackboneConfig, BackboneName
-from hetegen_rec.config.run import BalanceConfig, ModelConfig, Stage
+from hetegen_rec.config.balance import BalanceConfig
+from hetegen_rec.config.run import ModelConfig, Stage
 from hetegen_rec.config.schema import Schema
 from hetegen_rec.data.statistics import Statistics
 from hetegen_rec.models.backbones.autoint import AutoInt
