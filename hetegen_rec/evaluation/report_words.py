@@ -74,7 +74,7 @@ def _against_scratch(comparison: Comparison) -> str:
         text += f" (relative improvement {100 * comparison.relative_improvement:+.2f} %)"
     interval = comparison.interval
     if interval is None:
-        return f"{text}. Without predictions of both stages there is no confidence interval."
+        return f"{text}. Without the evaluated predictions of both stages there is no confidence interval."
     bounds = f"95 % interval of the difference: {interval.low:+.4f} to {interval.high:+.4f}"
     if interval.excludes_zero:
         return f"{text}. {bounds}, so chance in the choice of users does not explain it."

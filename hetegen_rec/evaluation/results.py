@@ -11,7 +11,7 @@ from typing_extensions import NotRequired, TypedDict
 
 from hetegen_rec.config.run import Stage
 from hetegen_rec.evaluation.errors import EvaluationError
-from hetegen_rec.evaluation.metrics import relative_improvement
+from hetegen_rec.evaluation.metrics import auc, relative_improvement
 from hetegen_rec.evaluation.significance import Interval, auc_difference_interval, read_predictions
 from hetegen_rec.files import write_whole
 
@@ -27,6 +27,9 @@ STAGE_TITLES: dict[str, str] = {
     "scratch": "From scratch",
 }
 
+
+_ROUNDING = 1e-6
+"""Of an AUC, by probabilities that are stored as float32."""
 
 LevelReconstruction = TypedDict(
     "LevelReconstruction", {"from": float, "to": float, "targets": int, "cross_entropy": float | None}
@@ -129,7 +132,8 @@ class Comparison:
     auc_difference: float
     relative_improvement: float | None
     interval: Interval | None
-    """Of the AUC difference; None unless both stages left predictions of the same rows."""
+    """Of the AUC difference; None unless both stages left the predictions that were evaluated, of the same
+    rows."""
 
 
 def compare_with_scratch(
@@ -143,7 +147,11 @@ def compare_with_scratch(
         if value is None or base is None:
             continue
         comparisons[stage] = Comparison(
-            stage, split, value - base, relative_improvement(value, base), _interval(run_dir, stage, split)
+            stage,
+            split,
+            value - base,
+            relative_improvement(value, base),
+            _interval(run_dir, split, {stage: value, BASE_STAGE: base}),
         )
     return comparisons
 
@@ -155,12 +163,26 @@ def _auc(evaluations: Mapping[str, StageEvaluation], stage: str, split: str) -> 
     return value
 
 
-def _interval(run_dir: Path, stage: str, split: str) -> Interval | None:
-    ours, theirs = (read_predictions(run_dir / name / "predictions" / split) for name in (stage, BASE_STAGE))
-    if ours is None or theirs is None:
-        return None
+def _interval(run_dir: Path, split: str, aucs: Mapping[str, float]) -> Interval | None:
+    """The interval of the difference of two stages, given with their evaluated AUCs, the base last."""
+    tables = []
+    for stage, value in aucs.items():
+        directory = run_dir / stage / "predictions" / split
+        found = read_predictions(directory)
+        if found is None:
+            return None
+        if abs((auc(found.probabilities, found.labels) or 0.0) - value) > _ROUNDING:
+            logger.warning(
+                "%s: other predictions than those that were evaluated, as `predict` leaves them of another "
+                "checkpoint or strategy; no confidence interval. Evaluate %s again",
+                directory,
+                stage,
+            )
+            return None
+        tables.append(found)
+    ours, theirs = tables
     try:
         return auc_difference_interval(ours, theirs)
     except EvaluationError as error:
-        logger.warning("no confidence interval for %s on %s: %s", stage, split, error)
+        logger.warning("no confidence interval for %s on %s: %s", next(iter(aucs)), split, error)
         return None

@@ -117,6 +117,18 @@ def test_without_predictions_there_is_no_interval(tmp_path):
     assert found["joint"].interval is None
 
 
+@pytest.mark.parametrize("stage", ["scratch", "finetune"])
+def test_predictions_that_were_not_evaluated_give_no_interval(tmp_path, caplog, stage):
+    """`predict` of another checkpoint replaces them, and `evaluate` alone the evaluation."""
+    for name in ("scratch", "finetune"):
+        write_stage(tmp_path, name, 0.5, with_predictions=name != stage)
+    _, labels, users = scored(0.5)
+    write_predictions(tmp_path / stage / "predictions" / "test", scored(2.0)[0], labels, users)
+    found = results.compare_with_scratch(tmp_path, results.read_evaluations(tmp_path), "test")["finetune"]
+    assert (found.auc_difference, found.interval) == (0.0, None)
+    assert f"Evaluate {stage} again" in caplog.text
+
+
 def test_the_interval_of_equal_predictions_is_zero_and_of_seeds_repeats(tmp_path):
     probabilities, labels, users = scored(1.0)
     write_predictions(tmp_path / "a", probabilities, labels, users)
