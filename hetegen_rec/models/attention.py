@@ -1,6 +1,8 @@
 """Self-attention over the tokens of a row, guided by the difficulty of their fields."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hetegen_rec.config.run import AttentionConfig
+
+_is_fp32_on_cpu = ContextVar("_is_fp32_on_cpu", default=True)
 
 
 @dataclass
@@ -30,16 +34,28 @@ def attend(
 ) -> Tensor:
     """As `scaled_dot_product_attention` of [B, H, S, D / H], in fp32 on the CPU.
 
-    The CPU's fused kernel takes several times as long in bf16 on heads of few numbers; a step of the denoiser
-    took 3.8 times as long as in fp32 by it (docs/benchmarks.md).
+    The CPU's fused kernel takes several times as long in bf16 on heads of few numbers.
     """
     fused = functional.scaled_dot_product_attention
-    if value.device.type != "cpu" or value.dtype == torch.float32:
+    if value.device.type != "cpu" or value.dtype == torch.float32 or not _is_fp32_on_cpu.get():
         return fused(query, key, value, attn_mask, dropout_p, scale=scale)
     bias = None if attn_mask is None else attn_mask.float()
     with torch.autocast("cpu", enabled=False):
         mixed = fused(query.float(), key.float(), value.float(), bias, dropout_p, scale=scale)
     return mixed.to(value.dtype)
+
+
+@contextmanager
+def attention_as_on(device: str) -> Iterator[None]:
+    """Context in which `attend` takes the precision on the CPU that it takes on a device.
+
+    It is slow, but what autograd keeps is what it would keep there.
+    """
+    token = _is_fp32_on_cpu.set(device == "cpu")
+    try:
+        yield
+    finally:
+        _is_fp32_on_cpu.reset(token)
 
 
 class GuidedAttention(nn.Module):

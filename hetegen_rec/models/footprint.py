@@ -15,6 +15,7 @@ from hetegen_rec.config.schema import NUM_RESERVED_IDS, Schema
 from hetegen_rec.data.batch import Batch
 from hetegen_rec.data.cursor import Cursor
 from hetegen_rec.data.statistics import Statistics
+from hetegen_rec.models.attention import attention_as_on
 from hetegen_rec.models.embedding import table_shapes
 from hetegen_rec.models.network import ClickNetwork
 
@@ -51,7 +52,9 @@ class Footprint:
     """Bytes that the forward pass keeps for the backward pass."""
 
 
-def measure_footprint(network: ClickNetwork, schema: Schema, statistics: Statistics) -> Footprint:
+def measure_footprint(
+    network: ClickNetwork, schema: Schema, statistics: Statistics, device: str = "cpu"
+) -> Footprint:
     """Runs training steps of a few random rows on CPU and counts; nothing is timed.
 
     So whatever objective, stage, backbone and precision is configured, the network itself says what it
@@ -61,11 +64,13 @@ def measure_footprint(network: ClickNetwork, schema: Schema, statistics: Statist
         network: on CPU; its gradients are cleared.
         schema: its fields.
         statistics: sizes of the tables.
+        device: that the steps stand for.
     """
     flops, saved = [], []
-    for rows in _PROBES:
-        flops.append(_count_flops(network, *_random_rows(schema, statistics, network.config.dim, rows)))
-        saved.append(_count_saved(network, *_random_rows(schema, statistics, network.config.dim, rows)))
+    with attention_as_on(device):
+        for rows in _PROBES:
+            flops.append(_count_flops(network, *_random_rows(schema, statistics, network.config.dim, rows)))
+            saved.append(_count_saved(network, *_random_rows(schema, statistics, network.config.dim, rows)))
     network.zero_grad(set_to_none=True)
     candidates = network.config.reconstruction.num_candidates
     sizes = [(p.numel(), p.requires_grad) for p in network.parameters()]

@@ -150,7 +150,7 @@ def _describe(
     of_stage = config.stage(stage)
     model = build_model(config.features, statistics, config.model, config.train, stage, of_stage, config.seed)
     attach_table_optimizer(model.ebc, config.train.table_optimizer, of_stage, profile.device)
-    footprint = measure_footprint(model.network, config.features, statistics)
+    footprint = measure_footprint(model.network, config.features, statistics, profile.device)
     loads = table_loads(config.features, statistics, config.model.dim)
     return _Run(config, stage, world, profile, model, footprint, loads)
 

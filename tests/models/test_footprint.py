@@ -34,13 +34,14 @@ STATISTICS = expected_statistics(SCHEMA, {})
 DIM, LAYERS = 16, 2
 
 
-def network(stage: Stage = "pretrain", candidates: int = 1024) -> nn.Module:
+def network(stage: Stage = "pretrain", candidates: int = 1024, precision: str = "fp32") -> nn.Module:
     model = ModelConfig(
         dim=DIM,
         denoiser=DenoiserConfig(num_layers=LAYERS, attention=AttentionConfig(num_heads=2)),
         reconstruction=ReconstructionConfig(num_candidates=candidates),
     )
-    return build_model(SCHEMA, STATISTICS, model, TrainConfig(), stage, StageConfig(), seed=0).network
+    train = TrainConfig.model_validate({"precision": precision})
+    return build_model(SCHEMA, STATISTICS, model, train, stage, StageConfig(), seed=0).network
 
 
 def measured(stage: Stage = "pretrain", candidates: int = 1024) -> Footprint:
@@ -76,6 +77,17 @@ def test_joint_training_costs_more_than_either_part() -> None:
 def test_what_a_stage_freezes_is_not_exchanged() -> None:
     found = measured("scratch")
     assert 0 < found.trained_parameters < found.parameters
+
+
+def test_a_device_keeps_no_attention_in_fp32_as_a_cpu_does_under_bf16() -> None:
+    on_cpu, on_cuda = (
+        measure_footprint(network(precision="bf16"), SCHEMA, STATISTICS, device).saved_bytes.at(1)
+        for device in ("cpu", "cuda")
+    )
+    numbers = LAYERS * 4 * (len(SCHEMA.tokens) + 1) * DIM  # queries, keys, values and what comes out
+    assert on_cpu - on_cuda >= 2 * numbers
+    exact = [measure_footprint(network(), SCHEMA, STATISTICS, device) for device in ("cpu", "cuda")]
+    assert exact[0] == exact[1]
 
 
 def test_candidates_are_quadratic_up_to_their_number() -> None:
