@@ -197,9 +197,10 @@ def memory_by_rank(setting: Setting, rows: int) -> list[RankMemory]:
             shard_rows = share * block.load.rows
             weights = shard_rows * block.columns * WEIGHT_BYTES
             state = shard_rows * _state_bytes(setting.table_optimizer, block.columns)
+            state_on_device = shard_rows * _device_state_bytes(setting.table_optimizer, block)
             tables[rank] += weights * on_device
-            states[rank] += state * (1.0 if on_device else 0.0)
-            hosted[rank] += weights * (on_device < 1.0) + state * (on_device == 0.0)
+            states[rank] += state_on_device
+            hosted[rank] += weights * (on_device < 1.0) + state - state_on_device
             looked_up[rank] += size * rows * block.load.num_keys * block.columns * WEIGHT_BYTES
     received = rows * sum(load.num_keys * load.dim for load in setting.loads) * WEIGHT_BYTES
     copies = sum(load.rows * load.dim for load in setting.copies) * WEIGHT_BYTES
@@ -320,11 +321,13 @@ def _lookup_bytes(setting: Setting, rows: int, *, on_device: bool) -> NDArray[np
         part = here if on_device else 1.0 - here
         for rank, share in zip(block.ranks, block.shares, strict=True):
             row = block.columns * WEIGHT_BYTES
-            state = _state_bytes(setting.table_optimizer, block.columns)
-            touched = _TOUCHES * _in_sectors(row, sector) + 2 * _in_sectors(state, sector) + ID_BYTES
+            state = _device_state_bytes(setting.table_optimizer, block)
+            if not on_device:
+                state = _state_bytes(setting.table_optimizer, block.columns) - state
+            touched = part * (_TOUCHES * _in_sectors(row, sector) + ID_BYTES) + 2 * _in_sectors(state, sector)
             ids = setting.world.size * rows * block.load.ids * share
             bags = setting.world.size * rows * block.load.num_keys
-            moved[rank] += part * ids * touched
+            moved[rank] += ids * touched
             moved[rank] += on_device * 2 * bags * row  # written forward, their gradients read backward
     if on_device:
         moved += rows * sum(_TOUCHES * load.ids * load.dim * WEIGHT_BYTES for load in setting.copies)
@@ -346,3 +349,14 @@ def _state_bytes(optimizer: TableOptimizer, columns: int) -> float:
         "lamb": 2 * columns,
     }
     return numbers[optimizer] * WEIGHT_BYTES
+
+
+def _device_state_bytes(optimizer: TableOptimizer, block: Block) -> float:
+    """Of `_state_bytes`, what stands beside the network.
+
+    Where rows are in the host's memory, cached or not, that is the one number a row alone: FBGEMM's
+    `construct_split_state` leaves the rest with the host, and caches none of it.
+    """
+    if block.kernel not in _DEVICE_SHARE:
+        return _state_bytes(optimizer, block.columns)
+    return WEIGHT_BYTES if optimizer in ("rowwise_adagrad", "partial_rowwise_adam") else 0.0

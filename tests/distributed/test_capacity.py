@@ -1,6 +1,8 @@
 from dataclasses import replace
 
 import pytest
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import ComputeDevice, construct_split_state
 
 from hetegen_rec.config.hardware import Assumptions, HardwareProfile
 from hetegen_rec.config.plan import World
@@ -83,11 +85,27 @@ def test_rows_are_looked_up_for_all_ranks_and_kept_with_their_gradients() -> Non
 def test_tables_in_the_memory_of_the_host_are_not_on_the_device() -> None:
     hosted = setting(whole(ITEM, 0, "fused_uvm"), whole(USER, 3))
     first = memory_by_rank(hosted, 10)[0]
-    assert (first.tables, first.host_tables) == (0.0, 1_000_000 * (16 + 1) * 4)
+    assert (first.tables, first.host_tables) == (0.0, 1_000_000 * 16 * 4)
     assert "host_tables" not in traffic_by_collective(setting(), 10)
     assert traffic_by_collective(hosted, 10)["host_tables"].host_device > 3 * 40 * 5 * 16 * 4
     time = step_time(hosted, 10)
     assert time.overlapped > time.host_tables > 0  # a lookup waits for its rows
+
+
+@pytest.mark.parametrize("kernel", ["fused_uvm", "fused_uvm_caching"])
+@pytest.mark.parametrize(
+    ("optimizer", "are_rowwise"),
+    [("rowwise_adagrad", [True]), ("adagrad", [False]), ("partial_rowwise_adam", [False, True])],
+)
+def test_states_of_tables_on_the_host_stand_where_fbgemm_puts_them(
+    kernel: str, optimizer: TableOptimizer, are_rowwise: list[bool]
+) -> None:
+    location = EmbeddingLocation.MANAGED if kernel == "fused_uvm" else EmbeddingLocation.MANAGED_CACHING
+    specs = [(ITEM.rows, ITEM.dim, location, ComputeDevice.CUDA)]
+    states = [construct_split_state(specs, rowwise=rowwise, cacheable=False) for rowwise in are_rowwise]
+    found = memory_by_rank(setting(whole(ITEM, 0, kernel), optimizer=optimizer), 10)[0]
+    assert found.table_optimizer == 4 * sum(state.dev_size for state in states)
+    assert found.host_tables == 4 * (ITEM.rows * ITEM.dim + sum(state.uvm_size for state in states))
 
 
 def test_copies_stand_everywhere_and_their_gradients_are_reduced() -> None:
