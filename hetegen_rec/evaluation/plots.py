@@ -257,7 +257,7 @@ def valid_auc(stages: Mapping[str, StageRecord]) -> Figure | None:
         axes.set_xlabel("epoch")
         axes.set_ylabel("AUC on valid")
         axes.margins(x=0.06, y=0.12)
-        axes.legend(loc="lower right")
+        axes.legend()
     return figure
 
 
@@ -355,7 +355,7 @@ def slice_bars(results: Mapping[str, dict[str, Any]]) -> Figure | None:
             axes.barh([0], [0], color=STAGE_COLORS[stage], label=STAGE_TITLES[stage])
         axes.set_yticks(range(len(names)), [_slice_label(slices[name]) for name in names])
         axes.set_ylim(len(names) - 0.45, -0.55)
-        low, high = min(0.5, *defined, 0.5), max(0.55, *defined)
+        low, high = min(0.5, *defined), max(0.55, *defined)
         axes.set_xlim(low - (0.01 if low < 0.5 else 0), high + 0.14 * (high - low))
         axes.axvline(0.5, color=MUTED, linewidth=1)
         axes.grid(axis="y", visible=False)

@@ -1,4 +1,4 @@
-"""The sentences of the report: what the numbers say, no more."""
+"""The sentences of the report: what the numbers say, no more (forms: docs/method.md section 5.4)."""
 
 from collections.abc import Mapping
 
@@ -42,6 +42,17 @@ GENERATIVE_LOSS = (
     "teach the network more about the rows; a flat one that they would not."
 )
 
+_COURSES = {
+    "literal": "follows twice its cross-entropy",
+    "uncertainty": "follows twice its cross-entropy",
+    "informative": "follows its cross-entropy relative to a guess by frequency",
+    "gradnorm": "settles where the field's weighted gradient is as large as the form wants it",
+}
+"""What log-difficulties do under forms of balancing that do not use the loss relative to chance."""
+_WEIGHTS_FROM_ELSEWHERE = ("uniform", "progress", "aligned", "dwa")
+_FREE_WEIGHTS = ("literal", "uncertainty")
+"""Forms whose weights do not add up to the number of fields."""
+
 
 def best_stage(record: RunRecord, split: str) -> str | None:
     """The stage with the highest AUC among those that the headline can be about."""
@@ -83,14 +94,28 @@ def _against_scratch(comparison: Comparison) -> str:
 
 def fields(stage: StageRecord) -> str:
     """What the plots of a generative stage are about."""
-    model = stage.config.get("model") or {}
-    form = (model.get("balance") or {}).get("form")
-    guidance = ((model.get("denoiser") or {}).get("attention") or {}).get("guidance")
+    form, guidance = _form(stage), _guidance(stage)
+    if form in _WEIGHTS_FROM_ELSEWHERE:
+        use = "The field's weight in the generative loss does not come from it."
+    elif guidance == "none" or form == "uncertainty":
+        use = "From it comes the field's weight in the generative loss."
+    else:
+        use = "From it come the field's weight in the generative loss and its gain in attention."
     known = f" Balancing here: {form}; attention guided at: {guidance}." if form and guidance else ""
-    return (
-        "Every field has one learnable log-difficulty that follows its reconstruction loss relative to "
-        f"chance. From it come the field's weight in the generative loss and its gain in attention.{known}"
-    )
+    course = _COURSES.get(form, "follows its reconstruction loss relative to chance")
+    return f"Every field has one learnable log-difficulty that {course}. {use}{known}"
+
+
+def _form(stage: StageRecord) -> str:
+    """The form of balancing; empty if the stage left no configuration."""
+    model = stage.config.get("model") or {}
+    return str((model.get("balance") or {}).get("form") or "")
+
+
+def _guidance(stage: StageRecord) -> str:
+    """Where difficulty guides attention; empty if the stage left no configuration."""
+    denoiser = (stage.config.get("model") or {}).get("denoiser") or {}
+    return str((denoiser.get("attention") or {}).get("guidance") or "")
 
 
 def difficulty_caption(stage: StageRecord) -> str:
@@ -101,10 +126,14 @@ def difficulty_caption(stage: StageRecord) -> str:
     num_grey = len(names) - 10
     grey = f"{num_grey} fields" if num_grey > 1 else "field"
     rest = f" Grey: the {grey} in between." if num_grey > 0 else ""
+    course = (
+        "; a field rises while its reconstruction is worse than guessing and falls as it beats that"
+        if _form(stage) not in _COURSES
+        else ""
+    )
     return (
-        "All fields start at 0; a field rises while its reconstruction is worse than guessing and falls as "
-        f"it beats that. Hardest at the end: {hardest} ({last[hardest]:.2f}), easiest: {easiest} "
-        f"({last[easiest]:.2f}).{rest}"
+        f"All fields start at 0{course}. Hardest at the end: {hardest} ({last[hardest]:.2f}), easiest: "
+        f"{easiest} ({last[easiest]:.2f}).{rest}"
     )
 
 
@@ -116,8 +145,9 @@ def weight_caption(stage: StageRecord) -> str:
         return "Weights of the fields in the generative loss."
     heaviest = max(shares, key=lambda name: shares[name])
     share = shares[heaviest] / sum(shares.values())
+    one = "the weight at the start" if _form(stage) in _FREE_WEIGHTS else "an even split"
     return (
-        "How much of the generative loss each field gets; 1 is an even split. "
+        f"How much of the generative loss each field gets; 1 is {one}. "
         f"{heaviest} ends with the most: {shares[heaviest]:.2f}, which is {100 * share:.0f} % of the budget."
     )
 

@@ -1,4 +1,5 @@
 import base64
+import html
 import json
 import re
 import xml.etree.ElementTree as ElementTree
@@ -67,6 +68,35 @@ def test_the_headline_says_how_fine_tuning_compares_with_scratch(tmp_path):
     assert f"AUC of {evaluations['finetune']['splits']['test']['auc']:.4f} on test" in page
     assert f"{found.auc_difference:.4f} above the same network trained from scratch" in page
     assert f"{found.interval.low:+.4f} to {found.interval.high:+.4f}" in page
+
+
+@pytest.mark.parametrize(
+    ("form", "guidance", "use", "rises", "one"),
+    [
+        ("difficulty", "residual", "weight in the generative loss and its gain", True, "an even split"),
+        (
+            "difficulty",
+            "none",
+            "From it comes the field's weight in the generative loss.",
+            True,
+            "an even split",
+        ),
+        ("uniform", "residual", "does not come from it", True, "an even split"),
+        ("literal", "residual", "follows twice its cross-entropy", False, "the weight at the start"),
+        ("uncertainty", "residual", "From it comes the field's weight", False, "the weight at the start"),
+    ],
+)
+def test_words_about_fields_hold_for_the_form_of_balancing(tmp_path, form, guidance, use, rises, one):
+    fake_run.write_run(tmp_path, stages=("pretrain",))
+    path = tmp_path / "pretrain" / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    config["model"]["balance"]["form"] = form
+    config["model"]["denoiser"]["attention"]["guidance"] = guidance
+    path.write_text(yaml.safe_dump(config))
+    page = html.unescape(report_of(tmp_path))
+    assert use in page
+    assert ("rises while its reconstruction is worse than guessing" in page) == rises
+    assert f"1 is {one}." in page
 
 
 def test_a_worse_result_is_called_worse(tmp_path):
