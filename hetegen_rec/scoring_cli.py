@@ -23,6 +23,7 @@ class MissingPackageError(RuntimeError):
     """A verb needs a package that is not installed."""
 
 
+_LAST_PORT = 65_535
 _USER_ERRORS = (ArtifactError, DataError, LockedError, MissingPackageError)
 
 
@@ -79,7 +80,7 @@ def _add_serve_options(parser: argparse.ArgumentParser) -> None:
     _add_artifact_options(parser)
     default = Settings()
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
-    parser.add_argument("--port", type=int, default=8000, help="port to listen on; 0 takes a free one")
+    parser.add_argument("--port", type=_port, default=8000, help="port to listen on; 0 takes a free one")
     for name, value, text in (
         ("max-rows", default.max_rows, "most rows of one request"),
         ("max-bytes", default.max_bytes, "most bytes of the body of one request"),
@@ -88,13 +89,13 @@ def _add_serve_options(parser: argparse.ArgumentParser) -> None:
         ("batch-rows", default.batch_rows, "most rows that are scored together"),
     ):
         parser.add_argument(f"--{name}", type=_positive, metavar="N", default=value, help=text)
-    for name, seconds, text in (
-        ("batch-ms", default.batch_seconds, "that a request may wait for others to be scored with"),
-        ("deadline-ms", default.deadline_seconds, "after which a request without scores is answered 503"),
-        ("watch-ms", default.watch_seconds, "between looks for another artifact at the path; 0: never"),
+    for name, seconds, read, text in (
+        ("batch-ms", default.batch_seconds, _milliseconds, "that a request may wait for others"),
+        ("deadline-ms", default.deadline_seconds, _some_milliseconds, "until a waiting request gets a 503"),
+        ("watch-ms", default.watch_seconds, _milliseconds, "between looks at the path; 0: never"),
     ):
         parser.add_argument(
-            f"--{name}", type=_milliseconds, metavar="MS", default=1e3 * seconds, help=f"milliseconds {text}"
+            f"--{name}", type=read, metavar="MS", default=1e3 * seconds, help=f"milliseconds {text}"
         )
     parser.add_argument(
         "--threads", type=_positive, metavar="N", default=1, help="threads that compute one batch"
@@ -129,6 +130,20 @@ def _milliseconds(text: str) -> float:
     number = float(text)
     if not 0 <= number < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is no number of milliseconds")
+    return number
+
+
+def _some_milliseconds(text: str) -> float:
+    number = _milliseconds(text)
+    if not number:
+        raise argparse.ArgumentTypeError("0 leaves no time to score")
+    return number
+
+
+def _port(text: str) -> int:
+    number = int(text)
+    if not 0 <= number <= _LAST_PORT:
+        raise argparse.ArgumentTypeError(f"{text} is not within 0 and {_LAST_PORT}")
     return number
 
 

@@ -68,7 +68,7 @@ def serve(
             access_log=False,
             server_header=False,
             lifespan="off",
-            limit_concurrency=settings.max_connections,
+            limit_concurrency=settings.max_connections + 1,  # uvicorn refuses from that many on
             timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
         )
         logger.info("serves %s on http://%s:%d", describe(served.scorer), host, listener.getsockname()[1])

@@ -94,6 +94,13 @@ def wait_for_queue(url: str) -> None:
         pass
 
 
+def test_as_many_connections_as_allowed_are_answered_and_no_more(path):
+    with serving(path, "--max-connections", "1") as server, httpx.Client(timeout=PATIENCE) as first:
+        assert first.get(f"{server.url}/healthz").status_code == 200
+        assert httpx.get(f"{server.url}/healthz", timeout=PATIENCE).status_code == 503
+        assert first.get(f"{server.url}/healthz").status_code == 200
+
+
 def test_an_address_in_use_is_a_clear_error(path, capsys):
     with socket.create_server(("127.0.0.1", 0)) as other:
         assert main(["serve", str(path), "--port", str(other.getsockname()[1])]) == 2
@@ -105,6 +112,8 @@ def test_an_address_in_use_is_a_clear_error(path, capsys):
     [
         (["--max-rows", "0"], "0 is not positive"),
         (["--batch-ms", "-1"], "-1 is no number of milliseconds"),
+        (["--deadline-ms", "0"], "0 leaves no time to score"),
+        (["--port", "65536"], "65536 is not within 0 and 65535"),
         (["--backend", "jit"], "invalid choice"),
     ],
 )
