@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from hetegen_rec.config.errors import ConfigError
 from hetegen_rec.config.run import RunConfig
+from hetegen_rec.files import write_whole
 
 
 class _Loader(yaml.SafeLoader):
@@ -19,10 +20,13 @@ class _Loader(yaml.SafeLoader):
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         # Here a mapping is as it was written; later it may hold the keys of those that it takes in by `<<`.
         node = super().compose_mapping_node(anchor)
-        keys = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for tag, key in keys:
-            if keys.count((tag, key)) > 1:
-                raise ConfigError(f"key {key!r} stands twice (line {node.start_mark.line + 1})")
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if (key.tag, key.value) in seen:
+                raise ConfigError(f"key {key.value!r} stands twice (line {key.start_mark.line + 1})")
+            seen.add((key.tag, key.value))
         return node
 
 
@@ -96,9 +100,12 @@ def apply_override(values: dict[str, Any], override: str) -> None:
 
 
 def save_config(config: RunConfig, path: str | Path) -> None:
-    """Writes the resolved configuration, every default spelt out, so that it loads back equal."""
+    """Writes the resolved configuration, every default spelt out, so that it loads back equal.
+
+    An earlier file stays whole where the new one cannot be written.
+    """
     dumped = config.model_dump(mode="json")
-    Path(path).write_text(yaml.safe_dump(dumped, sort_keys=False), encoding="utf-8")
+    write_whole(Path(path), yaml.safe_dump(dumped, sort_keys=False))
 
 
 def parse_yaml(text: str, where: str) -> Any:
@@ -107,6 +114,8 @@ def parse_yaml(text: str, where: str) -> Any:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{where}: not valid YAML: {error}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
 
 
 def explain(error: ValidationError, where: str, root: type[BaseModel]) -> str:

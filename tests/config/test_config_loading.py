@@ -1,5 +1,6 @@
 """YAML files in, RunConfig out: overrides, errors that name the key, and the way back."""
 
+import resource
 from pathlib import Path
 
 import pytest
@@ -115,8 +116,8 @@ def test_all_problems_are_reported_at_once(config_path):
 
 def test_key_that_stands_twice_is_an_error_not_the_last_value(tmp_path):
     path = tmp_path / "run.yaml"
-    path.write_text("name: a\nname: b\n")
-    with pytest.raises(ConfigError, match="key 'name' stands twice"):
+    path.write_text("name: a\nrun_dir: b\nname: c\n")
+    with pytest.raises(ConfigError, match=r"run\.yaml: key 'name' stands twice \(line 3\)"):
         load_config(path)
 
 
@@ -179,6 +180,19 @@ def test_saved_configuration_loads_back_equal(config_path, tmp_path, overrides):
     saved = tmp_path / "resolved.yaml"
     save_config(config, saved)
     assert load_config(saved) == config
+
+
+def test_a_configuration_that_cannot_be_written_leaves_the_earlier_one(config_path, tmp_path):
+    saved = tmp_path / "saved.yaml"
+    save_config(load_config(config_path), saved)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))  # what a full disk would do
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            save_config(load_config(config_path, ["name=other"]), saved)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert load_config(saved) == load_config(config_path)
 
 
 def test_saved_configuration_spells_out_every_default(config_path, tmp_path):
