@@ -96,6 +96,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser_of(verb)
     # Overrides may stand anywhere among the options, and behind a `--`.
     options = parser.parse_intermixed_args([word for word in given[1:] if word != "--"])
+    if options.ranks < 1 or options.max_restarts < 0:
+        parser.error(
+            f"--ranks {options.ranks} --max-restarts {options.max_restarts}: at least 1 rank and 0 restarts"
+        )
     if options.ranks > 1 or options.max_restarts > 0:
         if is_launched():
             parser.error(

@@ -78,6 +78,8 @@ def test_the_report_can_be_left_out(verb, config, seen):
         (["pretrain", "--stage", "joint"], "unrecognized arguments: --stage"),
         (["evaluate", "--fresh"], "unrecognized arguments: --fresh"),
         (["predict", "--split", "holdout"], "invalid choice: 'holdout'"),
+        (["pretrain", "--ranks", "0"], "--ranks 0"),
+        (["pretrain", "--ranks", "2", "--max-restarts", "-1"], "--max-restarts -1"),
     ],
 )
 def test_wrong_words_exit_with_2(arguments, says, capsys, seen):
