@@ -216,7 +216,13 @@ def _alone(job: Job, directory: Path) -> Iterator[None]:
     with ExitStack() as stack:
         with job.runtime.together("taking the run directory"):
             if job.runtime.is_main:
-                stack.enter_context(directory_lock(directory))
+                try:
+                    stack.enter_context(directory_lock(directory))
+                except OSError as error:
+                    raise ConfigError(
+                        f"run_dir: {job.config.run_dir}: cannot be made or written to ({error}); set it to "
+                        "a directory that can"
+                    ) from error
         yield
 
 

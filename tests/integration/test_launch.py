@@ -69,6 +69,14 @@ def test_many_ranks_tell_of_one_problem_once(tmp_path):
     assert not (tmp_path / "run" / "run" / "scratch").exists()
 
 
+def test_a_run_directory_that_cannot_be_made_is_named_with_its_key(tmp_path, capsys):
+    file = tmp_path / "file"
+    file.touch()
+    assert main(["scratch", "--config", str(write_tiny(tmp_path)), f"run_dir={file}"]) == 2
+    told = capsys.readouterr().err
+    assert f"error: run_dir: {file}: cannot be made or written to" in told
+
+
 def test_a_rank_that_fails_alone_ends_the_job_with_its_own_words(tmp_path):
     """A row group whose bytes rotted is met by one rank, in the middle of training."""
     words = ["--config", str(write_tiny(tmp_path)), "data.rows_per_group=300"]
