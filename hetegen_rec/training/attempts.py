@@ -88,6 +88,16 @@ def knows_configuration(config: RunConfig, stage: Stage) -> bool:
     return (config.stage_dir(stage) / _CONFIG).exists()
 
 
+def earlier_checkpoints_dir(config: RunConfig, stage: Stage) -> str | None:
+    """Where an earlier attempt kept its checkpoints, if this configuration names another place."""
+    earlier = _earlier_config(config.stage_dir(stage))
+    if earlier is None:
+        return None
+    # The run directory is the one at hand, under whatever name the earlier attempt knew it.
+    place = config.model_copy(update={"checkpoints": earlier.checkpoints}).checkpoints_dir(stage)
+    return None if place == config.checkpoints_dir(stage) else place
+
+
 def is_finished(config: RunConfig, stage: Stage) -> bool:
     """Whether the stage was finished, under whatever budget."""
     return (config.stage_dir(stage) / _DONE).exists()

@@ -25,6 +25,7 @@ from hetegen_rec.training.attempts import (
     check_attempt,
     check_changes,
     clear_attempt,
+    earlier_checkpoints_dir,
     end_attempt,
     is_done,
     is_finished,
@@ -149,6 +150,8 @@ def open_trainer(
         _check_budget(config, stage, state)
         logger.info("%s goes on from %s", stage, newest.location)
     else:
+        if not fresh:
+            _check_place(config, stage, checkpoints, runtime)
         _load_start(config, stage, model, optimizer, statistics, runtime)
         state = StageState()
     if runtime.is_main:
@@ -280,6 +283,20 @@ def _check_configuration(
     if not knows_configuration(config, stage):  # the run directory was lost; the checkpoints lie elsewhere
         earlier = RunConfig.model_validate(newest.metadata["config"])
         check_changes(earlier, config, stage, newest.location, accept_changes=accept_changes)
+
+
+def _check_place(config: RunConfig, stage: Stage, empty: Checkpoints, runtime: Runtime) -> None:
+    """Refuses to train anew, and so to remove an earlier attempt, whose checkpoints lie elsewhere."""
+    with runtime.together("looking for earlier checkpoints"):
+        place = earlier_checkpoints_dir(config, stage) if runtime.is_main else None
+    place = runtime.broadcast(place)
+    newest = None if place is None else Checkpoints(place, runtime, empty.fingerprint).latest()
+    if newest is not None:
+        raise ConfigError(
+            f"{newest.location} is the newest checkpoint of this stage, but `checkpoints.directory: "
+            f"{config.checkpoints.directory}` makes it look in {empty.store.location}, where there is none. "
+            "Restore the key, move the checkpoints there, or replace the earlier stage with --fresh"
+        )
 
 
 def _check_budget(config: RunConfig, stage: Stage, state: StageState) -> None:

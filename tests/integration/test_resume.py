@@ -292,6 +292,18 @@ def test_another_configuration_is_refused_and_changes_nothing(stopped, data, run
     assert files_below(tmp_path) == before
 
 
+def test_checkpoints_that_lie_elsewhere_are_neither_passed_over_nor_removed(stopped, data, runtime, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    config = copy_of(stopped, tmp_path, data, f"checkpoints.directory={elsewhere}", "train.max_steps=17")
+    before = files_below(tmp_path)
+    with pytest.raises(ConfigError, match=r"step-16 is the newest checkpoint .* move the checkpoints there"):
+        stages.run_stage(config, "joint", runtime)
+    assert files_below(tmp_path) == before
+    shutil.move(tmp_path / "run" / "joint" / "checkpoints", elsewhere / "joint")
+    assert stages.run_stage(config, "joint", runtime)
+    assert steps_of(config) == list(range(1, 18))
+
+
 def test_a_fresh_start_replaces_what_was_there(stopped, data, runtime, tmp_path):
     config = copy_of(stopped, tmp_path, data, "seed=7", "train.max_steps=2")
     (config.stage_dir("joint") / "evaluation.json").write_text("{}")
