@@ -31,7 +31,7 @@ from hetegen_rec.training.logs import RunLog
 from hetegen_rec.training.meter import Meter
 from hetegen_rec.training.progress import StageProgress
 from hetegen_rec.training.scoring import measure, score_rows
-from hetegen_rec.training.setup import ShardedModel, make_pipeline
+from hetegen_rec.training.setup import ShardedModel, make_pipeline, rows_per_step
 from hetegen_rec.training.state import StageState
 
 logger = logging.getLogger(__name__)
@@ -96,6 +96,7 @@ class Trainer:
         self.rates.load_state_dict({"step": state.step})
         self._pipeline = make_pipeline(model.dmp, self.guard.gated(optimizer), config.train, runtime.device)
         self._meter = Meter()
+        self._rows_per_step = rows_per_step(config, runtime)
         self._agreement = Agreement(runtime)
         self._batches: Iterator[Batch] | None = None
         self._segment_end = 0
@@ -216,7 +217,7 @@ class Trainer:
         state.evaluation_due = state.batches == self._segment_end
         self.rates.advance()
         if self.guard.end_step(state.step):
-            self._meter.add(outputs, self.config.train.batch_size)
+            self._meter.add(outputs, self._rows_per_step)
         self.watchdog.beat(f"step {state.step + 1} of {self.stage}")
         progress.advance()
         if state.step % self.config.train.log_every == 0 or state.step == self.total_steps:
@@ -255,7 +256,7 @@ class Trainer:
         values = self._meter.read(network.difficulty, network.fields)
         self._meter.reset()
         epoch = step / self.train_reader.batches_per_epoch
-        rows = step * self.config.train.batch_size
+        rows = step * self._rows_per_step
         values = {"epoch": round(epoch, 4), "rows": rows, **values}
         values["learning_rate"] = self.rates.by_name()
         self.log.write("train", step, values)

@@ -468,3 +468,14 @@ def test_a_run_goes_on_under_another_plan(seen, under_another_plan):
     rows = [row for rank in seen for row in rank["rows"][1]]
     assert Counter(rows + under_another_plan["rows"][1]) == EVERY_ROW
     assert under_another_plan["step"] == STEPS
+
+
+def train_by_uneven_batches(directory: Path, data: Path) -> list[int]:
+    config = config_in(directory, data, "train.batch_size=211", "train.max_steps=2")
+    with start_runtime("cpu") as runtime:
+        stages.run_stage(config, "joint", runtime)
+    return [line["rows"] for line in log_of(config) if line["event"] == "train"]
+
+
+def test_the_log_counts_the_rows_that_the_ranks_can_share(tmp_path, data):
+    assert run_ranks(2, train_by_uneven_batches, tmp_path, data)[0] == [210, 420]
