@@ -31,7 +31,7 @@ from hetegen_rec.data.statistics import Statistics
 from hetegen_rec.data.vocabulary import ExactVocabulary
 from hetegen_rec.distributed.runtime import Runtime
 from hetegen_rec.distributed.sharding import initial_rows
-from hetegen_rec.evaluation.results import read_evaluation
+from hetegen_rec.evaluation.results import read_evaluation, strategy_note
 from hetegen_rec.export.compile import compile_graph, compile_part, require_compilers, row_encoder
 from hetegen_rec.export.graph import ScoringGraph
 from hetegen_rec.export.parity import compare, require_parity
@@ -239,13 +239,14 @@ class Exporter:
         }
 
     def _metrics(self) -> dict[str, Any]:
-        """What evaluation said of this checkpoint; empty if it was another, or none."""
+        """What evaluation said of this checkpoint, scored plainly; empty if it was another, or none."""
         evaluation = read_evaluation(self._config.stage_dir(self._stage))
         if evaluation is None or evaluation["step"] != self._info.step:
             return {}
         return {
             split: {key: value for key, value in found.items() if isinstance(value, float | int)}
             for split, found in evaluation["splits"].items()
+            if not strategy_note(found)
         }
 
     def _compare(

@@ -108,7 +108,7 @@ class Manifest(Section):
     shared_fields: list[str] = []
     """Fields of the user's side, which a request may bring once for all its rows."""
     metrics: dict[str, Any]
-    """Of the checkpoint, as evaluation measured them."""
+    """Of the checkpoint, as evaluation measured them under plain scoring."""
     parity: dict[str, Any]
     """By back end: how its scores differ from those of the training model, and on what."""
     files: dict[str, FileEntry]

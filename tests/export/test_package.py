@@ -14,7 +14,7 @@ from tiny_run import files_below, tiny_config, write_tiny
 from hetegen_rec.cli import main
 from hetegen_rec.distributed.runtime import start_runtime
 from hetegen_rec.evaluation.results import read_evaluation
-from hetegen_rec.export import parity
+from hetegen_rec.export import package, parity
 from hetegen_rec.jobs import Job, train
 from hetegen_rec.scoring.files import score_files
 from hetegen_rec.scoring.manifest import open_artifact
@@ -82,6 +82,14 @@ def test_the_manifest_tells_what_it_was_made_of(directory, artifacts):
     assert found["auc_of_training_model"] == pytest.approx(evaluation["splits"]["valid"]["auc"], abs=1e-6)
     assert manifest.vocabularies["user_id"].value_type == "integer"
     assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", manifest.versions.get("commit", "0" * 40))
+
+
+def test_the_manifest_tells_no_metrics_of_a_strategy(directory, tmp_path, monkeypatch):
+    evaluation = read_evaluation(directory / "run" / "joint")
+    evaluation["splits"]["test"]["inference"] = {"strategy": "symmetric", "passes_per_row": 3.0}
+    monkeypatch.setattr(package, "read_evaluation", lambda _: evaluation)
+    assert export(directory, "joint", tmp_path / "artifact", "export.parity_rows=10") == 0
+    assert list(open_artifact(tmp_path / "artifact").manifest.metrics) == ["valid"]
 
 
 def test_the_same_command_replaces_the_artifact_of_the_run_but_no_directory_of_others(directory, capsys):
