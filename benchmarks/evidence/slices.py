@@ -11,7 +11,7 @@ import pyarrow.dataset as ds
 
 from hetegen_rec.config.data import Split
 from hetegen_rec.config.run import RunConfig
-from hetegen_rec.data.batching import ROW_ID, context_columns
+from hetegen_rec.data.batching import NO_ITEM, ROW_ID, context_columns
 from hetegen_rec.evaluation.metrics import auc
 from hetegen_rec.evaluation.significance import PredictionTable
 from hetegen_rec.evaluation.slices import MISSING_USER
@@ -56,5 +56,6 @@ def _masks(context: dict[str, npt.NDArray[np.int64]]) -> dict[str, npt.NDArray[n
         known = context["__user_key"] != MISSING_USER
         masks["cold_users"] = known & (context["__user_rows"] <= COLD_USER_ROWS)
     if "__item_rows" in context:
-        masks["tail_items"] = context["__item_rows"] <= TAIL_ITEM_ROWS
+        known = context["__item_rows"] != NO_ITEM
+        masks["tail_items"] = known & (context["__item_rows"] <= TAIL_ITEM_ROWS)
     return masks

@@ -214,16 +214,16 @@ def test_slices_count_users_and_items_by_their_training_rows(tmp_path):
     place = Path(config.data.prepared_dir) / "test"
     place.mkdir(parents=True)
     columns = {
-        "__row_id": [2, 0, 1, 4, 3],
-        "__timestamp": [0] * 5,
-        "__user_key": [7, 7, 0, 8, 9],  # 0: no user
-        "__user_rows": [5, 0, 0, 6, 1],
-        "__item_rows": [10, 11, 0, 3, 50],
+        "__row_id": [2, 0, 1, 4, 3, 5],
+        "__timestamp": [0] * 6,
+        "__user_key": [7, 7, 0, 8, 9, 8],  # 0: no user
+        "__user_rows": [5, 0, 0, 6, 1, 6],
+        "__item_rows": [10, 11, 0, 3, 50, -1],  # -1: no item
     }
     pq.write_table(pa.table(columns), place / "part-0.parquet")
-    labels = np.array([0.0, 1.0, 1.0, 0.0, 1.0])
-    scores = np.array([0.1, 0.9, 0.3, 0.4, 0.2])
-    found = slice_metrics(config, "test", PredictionTable(np.arange(5), scores, labels, None))
+    labels = np.array([0.0, 1.0, 1.0, 0.0, 1.0, 0.0])
+    scores = np.array([0.1, 0.9, 0.3, 0.4, 0.2, 0.5])
+    found = slice_metrics(config, "test", PredictionTable(np.arange(6), scores, labels, None))
     assert found["cold_users"] == {"n": 3, "positives": 1, "auc": 0.5}
     assert found["tail_items"] == {"n": 3, "positives": 3, "auc": None}
 
