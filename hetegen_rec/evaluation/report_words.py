@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from hetegen_rec.evaluation.results import BASE_STAGE, STAGE_TITLES, Comparison
+from hetegen_rec.evaluation.results import BASE_STAGE, STAGE_TITLES, Comparison, strategy_note
 from hetegen_rec.evaluation.run_record import RunRecord, StageRecord
 
 STAGE_SENTENCES = {
@@ -69,18 +69,21 @@ def verdict(record: RunRecord, split: str, comparisons: Mapping[str, Comparison]
     if stage is None:
         trained = " and ".join(STAGE_TITLES[name].lower() for name in record.stages)
         return f"Stages so far: {trained}. No stage has an AUC yet, so there is nothing to compare."
-    auc = (record.stages[stage].result(split) or {})["auc"]
-    opening = f"{STAGE_SENTENCES[stage]} reaches an AUC of {auc:.4f} on {split}"
+    result = record.stages[stage].result(split) or {}
+    opening = (
+        f"{STAGE_SENTENCES[stage]}{strategy_note(result)} reaches an AUC of {result['auc']:.4f} on {split}"
+    )
     if stage not in comparisons:
         other = "other stage" if stage == BASE_STAGE else "from-scratch baseline"
         return f"{opening}. No {other} was evaluated yet to hold it against."
-    return f"{opening}, {_against_scratch(comparisons[stage])}"
+    base = strategy_note(record.stages[BASE_STAGE].result(split) or {})
+    return f"{opening}, {_against_scratch(comparisons[stage], base)}"
 
 
-def _against_scratch(comparison: Comparison) -> str:
+def _against_scratch(comparison: Comparison, note: str) -> str:
     difference = comparison.auc_difference
     side = "above" if difference >= 0 else "below"
-    text = f"{abs(difference):.4f} {side} the same network trained from scratch"
+    text = f"{abs(difference):.4f} {side} the same network trained from scratch{note}"
     if comparison.relative_improvement is not None:
         text += f" (relative improvement {100 * comparison.relative_improvement:+.2f} %)"
     interval = comparison.interval

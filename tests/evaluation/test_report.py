@@ -109,6 +109,22 @@ def test_a_worse_result_is_called_worse(tmp_path):
     assert "0.0100 below the same network" in report_of(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("stage", "told"),
+    [
+        ("finetune", "the network (symmetric, 3.00 passes) reaches an AUC"),
+        ("scratch", "trained from scratch (symmetric, 3.00 passes) ("),
+    ],
+)
+def test_the_headline_names_a_strategy(tmp_path, stage, told):
+    fake_run.write_run(tmp_path, stages=("finetune", "scratch"))
+    path = tmp_path / stage / "evaluation.json"
+    content = json.loads(path.read_text())
+    content["splits"]["test"]["inference"] = {"strategy": "symmetric", "passes_per_row": 3.0}
+    path.write_text(json.dumps(content))
+    assert told in report_of(tmp_path)
+
+
 def test_without_predictions_the_report_says_that_the_interval_is_missing(tmp_path):
     fake_run.write_run(tmp_path, stages=("finetune", "scratch"))
     (tmp_path / "scratch" / "predictions" / "test" / "part-0.parquet").unlink()
