@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torchrec import KeyedJaggedTensor
 
 from hetegen_rec.config.run import Frequency
-from hetegen_rec.config.schema import ReservedId, Schema
+from hetegen_rec.config.schema import NUM_RESERVED_IDS, ReservedId, Schema
 from hetegen_rec.data.batch import Batch
 from hetegen_rec.data.cursor import Cursor
 from hetegen_rec.data.hashing import salt_of, uniform
@@ -60,8 +60,21 @@ class _Bags:
 
     def mean(self, weights: NDArray[np.float32]) -> NDArray[np.float64]:
         """[B] mean over each row's values of `weights` [V]; 0 where it has none."""
-        sums = np.bincount(self.rows, weights=weights, minlength=len(self.lengths))
-        return sums / np.maximum(self.lengths, 1)
+        return _mean_of_rows(self.rows, weights, len(self.lengths))
+
+    def mean_of_known(self, weights: NDArray[np.float32]) -> NDArray[np.float64]:
+        """[B] mean over each row's values that have ids of their own; over all where none has."""
+        known = self.values >= NUM_RESERVED_IDS
+        counted = known | ~np.bincount(self.rows[known], minlength=len(self.lengths)).astype(bool)[self.rows]
+        return _mean_of_rows(self.rows[counted], weights[counted], len(self.lengths))
+
+
+def _mean_of_rows(
+    rows: NDArray[np.int64], weights: NDArray[np.float32], num_rows: int
+) -> NDArray[np.float64]:
+    """[B] mean of the `weights` [V] of each of the `rows` [V]; 0 of those that are not among them."""
+    sums = np.bincount(rows, weights=weights, minlength=num_rows)
+    return sums / np.maximum(np.bincount(rows, minlength=num_rows), 1)
 
 
 class _ById:
@@ -70,13 +83,21 @@ class _ById:
     Each segment starts with the entry of the empty bag, 0.
     """
 
-    def __init__(self, segments: Mapping[str, NDArray[np.floating[Any]]], of_tokens: Sequence[str]) -> None:
+    def __init__(
+        self,
+        segments: Mapping[str, NDArray[np.floating[Any]]],
+        of_tokens: Sequence[str],
+        *,
+        of_known: bool = False,
+    ) -> None:
         """Lays the segments out.
 
         Args:
             segments: by name, [num_ids] numbers.
             of_tokens: the segment of each token.
+            of_known: whether reserved ids take no part in the number of a bag.
         """
+        self._of_known = of_known
         self._flat = np.zeros(sum(1 + len(numbers) for numbers in segments.values()), dtype=np.float32)
         first_ids, end = {}, 0
         for name, numbers in segments.items():
@@ -99,7 +120,8 @@ class _ById:
         """
         found = self._take(ids + self._first_ids)
         for token, bag in bags.items():
-            found[:, token] = bag.mean(self.of_token(token, bag.values))
+            mean = bag.mean_of_known if self._of_known else bag.mean
+            found[:, token] = mean(self.of_token(token, bag.values))
         return _tensor(found)
 
     def _take(self, places: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -137,7 +159,8 @@ class Batcher:
         self._num_ids = [statistics.table_rows(table) for table in tables]
         self._log_prior = self._log_rate = self._dropout = self._movement = None
         if "log_prior" in frequencies:
-            self._log_prior = _ById({n: statistics.log_prior(n, oov_dropout) for n in set(names)}, names)
+            priors = {name: statistics.log_prior(name, oov_dropout) for name in set(names)}
+            self._log_prior = _ById(priors, names, of_known=True)
         if "log_rate" in frequencies:
             self._log_rate = _ById({t: statistics.log_rate(t, oov_dropout) for t in set(tables)}, tables)
         if oov_dropout:
