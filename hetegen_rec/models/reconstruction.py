@@ -255,7 +255,7 @@ class SampledSoftmax(MatchingHead):
         negatives = candidates.negatives()  # [F, B]
         is_target = is_target & (negatives > 0).T  # there is nothing to choose from otherwise
         loss = sampled_cross_entropy(score - log_q, query, keys, candidates, is_target.T)
-        chance = _mean_over_targets(negatives.log1p(), is_target.T)
+        chance = mean_over_targets(negatives.log1p(), is_target.T)
         rank = None
         if not self.training:  # by likelihood: the correction is for the loss, and would rank by lift
             rank = (candidates.scores(query, keys) >= score[..., None]).sum(-1).T
@@ -273,7 +273,7 @@ class SampledSoftmax(MatchingHead):
         return free + (free.clamp(min=_MIN_TEMPERATURE) - free).detach()
 
 
-def _mean_over_targets(levels: Tensor, is_target: Tensor) -> Tensor:
+def mean_over_targets(levels: Tensor, is_target: Tensor) -> Tensor:
     """Mean of levels [F, B] over the targets of each field, of all rows where it has none; at least log 2."""
     counted = torch.where(is_target.any(1, keepdim=True), is_target, True)
     return ((levels * counted).sum(1) / counted.sum(1)).clamp(min=math.log(2.0))

@@ -201,15 +201,13 @@ def test_noise_contrast_equals_the_reference(num_negatives):
 
 @torch.no_grad()
 def test_a_model_that_knows_the_frequencies_alone_is_at_the_chance_of_noise_contrast():
-    batch = log().batch()
-    batch.ids.clamp_(min=NUM_RESERVED_IDS)
-    case = Case("masked_features", batch, num_negatives=10)
+    case = Case("masked_features", num_negatives=10)
     case.heads.query.zero_()
     losses = case.losses()
-    expected = math.log(11) + 10 * math.log(1.1)
-    torch.testing.assert_close(losses.chance, torch.full_like(losses.chance, expected))
-    torch.testing.assert_close(losses.loss[losses.is_target].min(), torch.tensor(expected))
-    torch.testing.assert_close(losses.loss[losses.is_target].max(), torch.tensor(expected))
+    assert not case.known.all()  # rows without a value have no draws that could count
+    torch.testing.assert_close(losses.loss.sum(0) / losses.is_target.sum(0), losses.chance)
+    most = math.log(11) + 10 * math.log(1.1)
+    torch.testing.assert_close(losses.loss.max(), torch.tensor(most))
 
 
 def test_without_draws_there_is_nothing_to_tell_apart():
@@ -320,7 +318,7 @@ def test_training_lowers_the_loss(name):
     model = make_model(log(), "pretrain", config_of(name), WITH_ITEM)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
     losses = []
-    for step in range(60):
+    for step in range(80):
         optimizer.zero_grad()
         loss, outputs = model(log().batch(noise_seed=step % 4))
         loss.backward()

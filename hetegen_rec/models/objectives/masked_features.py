@@ -12,7 +12,13 @@ from hetegen_rec.config.schema import NUM_RESERVED_IDS, Schema
 from hetegen_rec.data.batch import Batch
 from hetegen_rec.data.statistics import Statistics
 from hetegen_rec.models.corruption import Corrupted, Masking, RowNoise, choose_share
-from hetegen_rec.models.reconstruction import Heads, MatchingHead, RowLosses, split_fields
+from hetegen_rec.models.reconstruction import (
+    Heads,
+    MatchingHead,
+    RowLosses,
+    mean_over_targets,
+    split_fields,
+)
 
 
 class ShareMasking(Masking):
@@ -63,7 +69,7 @@ class NoiseContrast(MatchingHead, Heads):
         against = torch.where(usable, functional.softplus(negative), 0.0).sum(-1)
         loss = (functional.softplus(-positive) + against).T  # [B, F]
         is_target = corrupted.is_target.gather(1, picks) & (count > 0).T
-        chance = _loss_at_first(count, ~noise.is_padding)
+        chance = mean_over_targets(_loss_at_first(count), is_target.T)
         return RowLosses(torch.where(is_target, loss, 0.0), is_target, chance, chance)
 
 
@@ -103,14 +109,7 @@ def _products(query: Tensor, keys: Tensor, drawn: Tensor) -> Tensor:
     return (blocks @ keys[:, drawn].mT).flatten(1, 2)[:, :num_rows]
 
 
-def _loss_at_first(count: Tensor, is_real: Tensor) -> Tensor:
-    """[F]: mean loss of a model that knows the frequencies alone, with odds of 1 : K for the true value.
-
-    Args:
-        count: [F, B], draws K of every row.
-        is_real: [B] bool; a rank of nothing but padding takes the mean over that.
-    """
+def _loss_at_first(count: Tensor) -> Tensor:
+    """Loss of a model that knows the frequencies alone, with odds of 1 : K for the true value; count: K."""
     number = count.clamp(min=1).float()
-    loss = torch.log1p(number) + number * torch.log1p(1.0 / number)
-    counted = (is_real | ~is_real.any()).float()
-    return (loss * counted).sum(1) / counted.sum()
+    return torch.log1p(number) + number * torch.log1p(1.0 / number)
