@@ -44,7 +44,10 @@ def choose_sets(num_fields: int, order: int, most: int) -> list[tuple[int, ...]]
         most: sets wanted.
     """
     chosen: list[tuple[int, ...]] = []
+    smallest = -(-num_fields // order)  # rotations that keep a set move each of its fields
     for offsets in _shuffled(list(combinations(range(1, num_fields), order - 1))):
+        if chosen and len(chosen) + smallest > most:
+            break
         ring = {
             tuple(sorted((start + offset) % num_fields for offset in (0, *offsets)))
             for start in range(num_fields)

@@ -91,6 +91,7 @@ def _symmetric(model: TrainedModel) -> Symmetric:
 
 def _feature_paths(model: TrainedModel) -> FeaturePaths:
     inference = model.config.inference
+    dropped = _dropped(model)  # refused before a pass over the training rows
     counts = count_combinations(model)
     if model.runtime.is_main and counts.overestimate > inference.feature_paths.reliable_count:
         logger.warning(
@@ -102,7 +103,7 @@ def _feature_paths(model: TrainedModel) -> FeaturePaths:
     return FeaturePaths(
         model.lookup.network,
         counts,
-        _dropped(model),
+        dropped,
         model.config.features,
         inference.feature_paths,
         inference.seed,
