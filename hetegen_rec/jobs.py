@@ -204,9 +204,9 @@ def _train(job: Job, stage: Stage) -> bool:
         )
         if not finished:
             return False
-        if not _is_evaluated(job, stage):
-            scored = job.config.splits() if stage in CLICK_STAGES else ()
-            _evaluate(replace(job, stage=stage, checkpoint=None), scored)
+        trained = replace(job, stage=stage, checkpoint=None)
+        if not _is_evaluated(trained):
+            _evaluate(trained, job.config.splits() if stage in CLICK_STAGES else ())
         return True
 
 
@@ -226,9 +226,19 @@ def _alone(job: Job, directory: Path) -> Iterator[None]:
         yield
 
 
-def _is_evaluated(job: Job, stage: Stage) -> bool:
-    """Whether there is an evaluation, which training would have removed; as rank 0 finds it."""
-    return job.runtime.broadcast(read_evaluation(job.config.stage_dir(stage)) is not None)
+def _is_evaluated(job: Job) -> bool:
+    """Whether there is the evaluation that the job would make, no other one that `evaluate` has put in its
+    place; training would have removed it. As rank 0 finds it.
+    """
+    assert job.stage is not None
+    found = read_evaluation(job.config.stage_dir(job.stage))
+    return job.runtime.broadcast(found is not None and found.get("asked_for") == _asked_for(job))
+
+
+def _asked_for(job: Job) -> dict[str, Any]:
+    """What decides about an evaluation besides the training."""
+    sections = job.config.model_dump(mode="json", include={"inference", "evaluation"})
+    return {"checkpoint": job.checkpoint, **sections}
 
 
 def _evaluate(job: Job, scored: Iterable[Split]) -> None:
@@ -250,6 +260,7 @@ def _evaluate(job: Job, scored: Iterable[Split]) -> None:
         "stage": trained.stage,
         "checkpoint": trained.checkpoint.location,
         "step": trained.checkpoint.step,
+        "asked_for": _asked_for(job),
         "splits": results,
     }
     if trained.stage in GENERATIVE_STAGES:

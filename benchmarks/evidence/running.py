@@ -16,7 +16,6 @@ from benchmarks.evidence.workers import RunError, Workers
 from hetegen_rec import cli
 from hetegen_rec.config.data import Split
 from hetegen_rec.evaluation.errors import EvaluationError
-from hetegen_rec.evaluation.results import FILE_NAME as EVALUATION
 from hetegen_rec.evaluation.results import read_evaluation
 from hetegen_rec.evaluation.significance import read_predictions
 from hetegen_rec.files import replace_directory
@@ -95,14 +94,11 @@ def train_and_evaluate(program: Program, run: Run) -> None:
 
     A killed run goes on in here: a stage that is done takes no time.
     """
-    stage_dir = run.config.stage_dir(run.click_stage)
-    evaluated_before = (stage_dir / EVALUATION).exists()
     for stage in run.stages:
         do_verb(program, stage, run, "--no-report")
         if not is_done(run.config, stage):
             sys.exit(f"error: {stage} was stopped before it was done")
-    # The click stage evaluates itself, unless it was evaluated: then maybe with other settings for scoring.
-    if run.evaluate or evaluated_before:
+    if run.evaluate:  # with other settings for scoring than those by which the click stage evaluates itself
         do_verb(program, "evaluate", run, "--no-report", "--stage", run.click_stage, *run.evaluate)
 
 

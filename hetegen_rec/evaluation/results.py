@@ -64,6 +64,9 @@ class StageEvaluation(TypedDict):
     stage: str
     checkpoint: str
     step: int
+    asked_for: NotRequired[dict[str, Any]]
+    """The `--checkpoint`, or None for the best one, and the configuration's sections `inference` and
+    `evaluation`."""
     splits: dict[str, dict[str, Any]]
     """Results of `gather.evaluate_predictions` by split; none at the end of pre-training."""
     reconstruction: NotRequired[dict[str, dict[str, FieldReconstruction]]]

@@ -67,7 +67,7 @@ class StandIn:
         place = Path(config["run_dir"]) / (rest[rest.index("--stage") + 1] if verb == "evaluate" else verb)
         if verb != "evaluate":
             train(config, place)
-        if verb == "evaluate" or (verb != "pretrain" and not (place / "evaluation.json").exists()):
+        if verb != "pretrain":
             evaluate(config, place)
         return 0
 

@@ -15,7 +15,7 @@ from tiny_run import files_below, tiny_config
 from hetegen_rec import jobs
 from hetegen_rec.config.errors import ConfigError
 from hetegen_rec.config.incremental import StaleIdsConfig, Way
-from hetegen_rec.config.loading import parse_config
+from hetegen_rec.config.loading import load_config, parse_config
 from hetegen_rec.config.run import RunConfig
 from hetegen_rec.data.raw import expand_paths
 from hetegen_rec.data.staleness import Staleness
@@ -149,6 +149,19 @@ def test_the_same_command_again_trains_nothing(finished: tuple[RunConfig, dict])
     changed = {Path(name).name for name, digest in files_below(runs).items() if before[name] != digest}
     assert changed <= {"settings.json", ".scratch.lock"}  # which job it was
     assert (runs / "incremental.html").exists()
+
+
+def test_results_are_of_the_own_strategy_whatever_a_model_was_evaluated_by_since(
+    finished: tuple[RunConfig, dict],
+) -> None:
+    config, content = finished
+    directory = run_of(config, "finetune", 3)
+    settings = load_config(directory / "scratch" / "config.yaml")
+    by_paths = {"strategy": "feature_paths", "dropped": "out_of_vocabulary"}
+    other = parse_config(settings.model_dump() | {"inference": by_paths}, "other")
+    with start_runtime("cpu", timeout_seconds=60) as runtime:
+        jobs.evaluate(Job(other, runtime, stage="scratch", with_report=False))
+    assert follow(config) == content
 
 
 class _CutOffError(Exception):
