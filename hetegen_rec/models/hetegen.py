@@ -1,5 +1,7 @@
 """The assembly: sharded tables in front, the denoising network behind, one loss per stage."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -128,6 +130,11 @@ class HeteGenNetwork(ClickNetwork):
         """Hidden vectors [B, T + 1, D] of rows [B, T, D] at noise levels [B], the label masked."""
         masked = torch.full((tokens.shape[0],), LABEL_MASK_ID, device=tokens.device)
         return self.denoiser(tokens, masked, noise_level, self.guidance(), self._padding(present))
+
+    @property
+    def unread(self) -> Sequence[str]:
+        """From scratch, heads and difficulty stay as they begin, which is neutral."""
+        return ("reconstruction", "difficulty") if self.stage == "scratch" else ()
 
     @property
     def mask_tokens(self) -> Tensor | None:

@@ -1,6 +1,7 @@
 """What stands behind the sharded tables in every model: rows become tokens, clicks a loss."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,6 +62,11 @@ class ClickNetwork(nn.Module, ABC):
     def scores_clicks(self) -> bool:
         """Whether this stage trains the click head."""
         return self.stage in CLICK_STAGES
+
+    @property
+    def unread(self) -> Sequence[str]:
+        """Submodules that this stage neither trains nor reads, so that a checkpoint may hold others."""
+        return ()
 
     @property
     def mask_tokens(self) -> Tensor | None:

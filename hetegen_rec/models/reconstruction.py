@@ -96,8 +96,8 @@ def check_growth(
         if old == "full":
             raise ConfigError(
                 f"{found}, past model.reconstruction.full_softmax_max: {limit}, so that a sampled softmax "
-                f"would replace its full one; set it to {values[1]}, if that stays below the fields that "
-                "have a sampled softmax already, or train from the start"
+                f"would replace its full one; set it above what the table will ever hold (now {values[1]}), "
+                "if that stays below the fields that have a sampled softmax already, or train from the start"
             )
         raise ConfigError(
             f"{found}, and with fewer than two it had no head that could go on; train from the start"

@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, TypeVar, cast
@@ -211,6 +211,7 @@ class Checkpoints:
         info: CheckpointInfo,
         model: DistributedModelParallel,
         optimizer: KeyedOptimizer | None = None,
+        unread: Sequence[str] = (),
     ) -> None:
         """Loads weights into a model, and the optimizer's state where one is given.
 
@@ -221,12 +222,16 @@ class Checkpoints:
             info: from `latest`, `best` or `check`.
             model: the sharded model, its weights initialised.
             optimizer: None loads the weights only, as fine-tuning does.
+            unread: beginnings of the names of weights that stay as they are, and may have other shapes there.
 
         Raises:
             CheckpointError: of another schema or model, or with an optimizer state that this plan cannot
                 take over. Nothing is loaded then, unless files are damaged.
         """
-        state: dict[str, Any] = {"model": model.state_dict()}
+        whole = model.state_dict()
+        state: dict[str, Any] = {
+            "model": {key: value for key, value in whole.items() if not key.startswith(tuple(unread))}
+        }
         tables = {name: global_shape(weights) for name, weights in tables_in(state["model"]).items()}
         shapes: dict[str, tuple[int, ...]] = {}
         if optimizer is not None:
@@ -234,7 +239,7 @@ class Checkpoints:
             state["optimizer"] = canonical_optimizer_state(own)
             shapes = shapes_over_ranks(state["optimizer"], self._runtime)
         self.check_tables(info, tables)
-        self._check_parameters(info, state["model"])
+        self._check_parameters(info, whole, unread)
         stored_rows = {name: rows for name, (rows, _) in info.tables.items()}
         grown = grown_parameters(state["model"], vocabulary_parameters(model.module), stored_rows)
         if optimizer is not None:
@@ -253,7 +258,7 @@ class Checkpoints:
                 f"{info.location}: does not fit this model, or is damaged: {causes(error)}; use the model "
                 "section of the configuration that the checkpoint was trained with"
             ) from error
-        model.load_state_dict(state["model"])
+        model.load_state_dict(whole | state["model"])
         if optimizer is not None:
             optimizer.load_state_dict(own)
             if isinstance(optimizer, CombinedOptimizer):
@@ -293,14 +298,15 @@ class Checkpoints:
                 "with `data.keep_ids_of`, which keeps the ids"
             )
 
-    def _check_parameters(self, info: CheckpointInfo, here: Mapping[str, Any]) -> None:
+    def _check_parameters(self, info: CheckpointInfo, here: Mapping[str, Any], unread: Sequence[str]) -> None:
         """Refuses a checkpoint with parameters that the model lacks, which DCP would pass over."""
         reader = Store(info.location).reader()
         stored = self._on_main(info.location, lambda: list(reader.read_metadata().state_dict_metadata))
-        spare = sorted({key for key in stored if key.startswith("model.")} - {f"model.{key}" for key in here})
+        read = {key.removeprefix("model.") for key in stored if key.startswith("model.")} - set(here)
+        spare = sorted(key for key in read if not key.startswith(tuple(unread)))
         if spare:
             raise CheckpointError(
-                f"{info.location}: does not fit this model, which lacks {spare[0].removeprefix('model.')} "
+                f"{info.location}: does not fit this model, which lacks {spare[0]} "
                 f"and {len(spare) - 1} more parameters of the stored one; use the model section of the "
                 "configuration that the checkpoint was trained with"
             )

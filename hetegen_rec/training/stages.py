@@ -220,10 +220,11 @@ def load_checkpoint(
     Raises:
         CheckpointError, ConfigError: it does not fit; see `Checkpoints.load`.
     """
-    if isinstance(model.network, HeteGenNetwork):
+    unread = [f"network.{name}." for name in model.network.unread]
+    if isinstance(model.network, HeteGenNetwork) and not unread:
         rows = {field.name: statistics.table_rows(field.name) for field in config.features.table_owners}
         check_growth(config.features, {**rows, **checkpoints.grown_tables(info)}, rows, config.model)
-    checkpoints.load(info, model.dmp, optimizer)
+    checkpoints.load(info, model.dmp, optimizer, unread)
 
 
 def _state_of(newest: CheckpointInfo, statistics: Statistics, reader: Reader) -> StageState:

@@ -134,13 +134,16 @@ def test_a_field_that_outgrows_its_full_softmax_is_refused_by_name(
         pass
 
 
-def test_a_baseline_has_no_softmax_to_outgrow(directory: Path, trained: dict[str, Any]) -> None:
+@pytest.mark.parametrize("backbone", ["fm", "hetegen"])
+def test_from_scratch_there_is_no_softmax_to_outgrow(
+    directory: Path, trained: dict[str, Any], backbone: str
+) -> None:
     most = trained["grown"][0] - NUM_RESERVED_IDS
     settings = (
-        "model.backbone.name=fm",
+        f"model.backbone.name={backbone}",
         f"model.reconstruction.full_softmax_max={most}",
         "train.max_steps=1",
-        f"run_dir={directory / 'baseline'}",
+        f"run_dir={directory / backbone}",
     )
     with start_runtime("cpu") as runtime:
         with stages.open_trainer(may(directory, *settings), "scratch", runtime) as trainer:
