@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hetegen_rec.config.export import ScoringStrategy
-from hetegen_rec.data.raw import iter_tables, list_row_groups
+from hetegen_rec.data.raw import DataError, iter_tables, list_row_groups
 from hetegen_rec.scoring.scorer import Scorer
 
 _SCHEMA = pa.schema([("row_id", pa.int64()), ("probability", pa.float32())])
@@ -32,9 +32,15 @@ def score_files(
 
     Raises:
         ArtifactError: the artifact does not have the strategy.
-        DataError: a file is damaged, lacks a column, or holds values of another type than in training.
+        DataError: a file is damaged, lacks a column, or holds values of another type than in training; or the
+            output is there already and holds no scores.
     """
     target = Path(output)
+    if target.exists() and not _holds_scores(target):
+        raise DataError(
+            f"{output}: is there already, and not by `score`, so it is not replaced; the last path names the "
+            "output, behind those to score: name a new file"
+        )
     partial = target.with_name(f".{target.name}.partial")
     features, num_rows = scorer.artifact.manifest.features, 0
     try:
@@ -49,3 +55,11 @@ def score_files(
     finally:
         partial.unlink(missing_ok=True)
     return num_rows
+
+
+def _holds_scores(path: Path) -> bool:
+    """Whether scores may take its place."""
+    try:
+        return bool(pq.read_schema(path).equals(_SCHEMA))
+    except (OSError, pa.ArrowException):
+        return False

@@ -29,6 +29,19 @@ def test_files_are_scored_in_order_and_in_parts(artifact, tmp_path, capsys):
     np.testing.assert_allclose(scores["probability"].to_numpy(), expected, atol=1e-6)
 
 
+def test_scores_replace_scores_and_nothing_else(artifact, tmp_path, capsys):
+    for name in "ab":
+        write(tmp_path / f"{name}.parquet", raw_rows(10))
+    inputs = [str(tmp_path / f"{name}.parquet") for name in "ab"]
+    before = (tmp_path / "b.parquet").read_bytes()
+    assert command.main(["score", str(artifact), *inputs]) == 2  # the shell's `*.parquet`, without an output
+    assert "b.parquet: is there already" in capsys.readouterr().err
+    assert (tmp_path / "b.parquet").read_bytes() == before
+    for paths in (inputs[:1], inputs):
+        assert command.main(["score", str(artifact), *paths, str(tmp_path / "scores")]) == 0
+    assert len(pq.read_table(tmp_path / "scores")) == 20
+
+
 def spoil(path):
     path.write_bytes(path.read_bytes()[:-8])
 
