@@ -55,12 +55,14 @@ _FREE_WEIGHTS = ("literal", "uncertainty")
 
 
 def best_stage(record: RunRecord, split: str) -> str | None:
-    """The stage with the highest AUC among those that the headline can be about."""
-    aucs = {name: (stage.result(split) or {}).get("auc") for name, stage in record.stages.items()}
-    defined = {name: auc for name, auc in aucs.items() if auc is not None}
-    ours = {name: auc for name, auc in defined.items() if name in ("finetune", "joint")}
-    candidates = ours or defined
-    return max(candidates, key=lambda name: candidates[name]) if candidates else None
+    """Which of the stages with an AUC on a split the headline is about: of ours the one that valid prefers."""
+    defined = [name for name in record.stages if _auc(record, name, split) is not None]
+    ours = [name for name in defined if name in ("finetune", "joint")]
+    return max(ours or defined, key=lambda name: _auc(record, name, "valid") or 0.0, default=None)
+
+
+def _auc(record: RunRecord, stage: str, split: str) -> float | None:
+    return (record.stages[stage].result(split) or {}).get("auc")
 
 
 def verdict(record: RunRecord, split: str, comparisons: Mapping[str, Comparison]) -> str:

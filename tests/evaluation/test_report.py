@@ -70,6 +70,17 @@ def test_the_headline_says_how_fine_tuning_compares_with_scratch(tmp_path):
     assert f"{found.interval.low:+.4f} to {found.interval.high:+.4f}" in page
 
 
+def test_the_headline_is_about_the_stage_that_valid_prefers_whatever_test_says(tmp_path):
+    fake_run.write_run(tmp_path, stages=("finetune", "joint"))
+    for stage, (valid, test) in {"finetune": (0.71, 0.69), "joint": (0.70, 0.72)}.items():
+        path = tmp_path / stage / "evaluation.json"
+        evaluation = json.loads(path.read_text())
+        for split, auc in (("valid", valid), ("test", test)):
+            evaluation["splits"][split]["auc"] = auc
+        path.write_text(json.dumps(evaluation))
+    assert "AUC of 0.6900 on test" in report_of(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("form", "guidance", "use", "rises", "one"),
     [
