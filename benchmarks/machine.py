@@ -2,9 +2,10 @@
 
 import os
 import platform
-import subprocess
 from importlib.metadata import version
 from pathlib import Path
+
+from hetegen_rec.checkout import describe_checkout
 
 _PACKAGES = ("torch", "torchrec")
 
@@ -16,10 +17,8 @@ def machine() -> str:
 
 
 def commit() -> str:
-    """The commit of the code, marked if files differ from it; `unknown` outside of a repository."""
-    command = ["git", "describe", "--always", "--dirty"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    return found or "unknown"
+    """The commit of the code, marked if files differ from it; `unknown` outside of a checkout."""
+    return describe_checkout(digits=7) or "unknown"
 
 
 def processor() -> str:

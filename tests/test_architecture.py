@@ -13,6 +13,7 @@ ROOMS = (
     "verbs",
     "files",
     "locks",
+    "checkout",
     "sealing",
     "terminal",
     "config",

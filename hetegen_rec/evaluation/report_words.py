@@ -55,7 +55,7 @@ _FREE_WEIGHTS = ("literal", "uncertainty")
 
 
 def best_stage(record: RunRecord, split: str) -> str | None:
-    """Which of the stages with an AUC on a split the headline is about: of ours the one that valid prefers."""
+    """Which stage with an AUC on a split the headline is about: of ours the one that valid prefers."""
     defined = [name for name in record.stages if _auc(record, name, split) is not None]
     ours = [name for name in defined if name in ("finetune", "joint")]
     return max(ours or defined, key=lambda name: _auc(record, name, "valid") or 0.0, default=None)

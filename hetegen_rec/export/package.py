@@ -1,8 +1,6 @@
 """From a checkpoint to an artifact: tables, vocabularies and compiled networks in one directory."""
 
 import logging
-import shutil
-import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -17,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hetegen_rec.checkout import describe_checkout
 from hetegen_rec.config.data import Split
 from hetegen_rec.config.errors import ConfigError
 from hetegen_rec.config.export import ScoringStrategy
@@ -324,14 +323,5 @@ def _first_rows(reader: Reader, num_rows: int) -> Iterator[Batch]:
 def _versions() -> dict[str, str]:
     """The version of the package, and where it runs from a checkout, the commit of that."""
     versions = {"hetegen_rec": metadata.version("hetegen-rec")}
-    checkout = Path(__file__).parents[2]
-    if (checkout / ".git").exists() and shutil.which("git") is not None:
-        described = subprocess.run(
-            ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if described.returncode == 0:
-            versions["commit"] = described.stdout.strip()
-    return versions
+    commit = describe_checkout(digits=40)
+    return versions | {"commit": commit} if commit else versions
