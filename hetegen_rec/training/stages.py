@@ -82,7 +82,7 @@ def run_stage(
         accept_changes: go on also where settings differ that say how to train, such as learning rates.
 
     Returns:
-        Whether the stage is finished; it is not where the job was asked to stop.
+        Whether the job may go on, the stage being finished; it may not where it was asked to stop.
     """
     with runtime.together("reading what is there already"):
         # Restarts of a fixed number of hosts are counted; hosts that came or went show by the job's name.
@@ -97,12 +97,14 @@ def run_stage(
     with runtime.together("finishing the stage"):
         if finished and runtime.is_main:
             end_attempt(config, stage, trainer.state)
-    if not finished and runtime.is_main:
+    # A request that comes behind the last step stops what would follow.
+    stopped = not finished or any(runtime.gather(trainer.stop.requested is not None))
+    if stopped and runtime.is_main:
         terminal.results().print(
             f"stopped by {trainer.stop.requested or 'a signal to another rank'} after step "
             f"{trainer.state.step} of {trainer.total_steps}, saved; the same command goes on from there"
         )
-    return finished
+    return not stopped
 
 
 @contextmanager

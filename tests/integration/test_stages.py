@@ -2,8 +2,10 @@
 
 import json
 import shutil
+import signal
 import weakref
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +22,7 @@ from hetegen_rec.distributed.sharding import table_weights
 from hetegen_rec.evaluation.results import read_evaluation
 from hetegen_rec.training import stages
 from hetegen_rec.training.setup import ShardedModel, build_sharded
+from hetegen_rec.training.trainer import Trainer
 
 SHORT = ["stages.pretrain.epochs=1", "stages.finetune.epochs=1", "stages.scratch.epochs=1"]
 
@@ -239,3 +242,20 @@ def test_checkpoint_of_other_training_rows_is_refused_though_the_tables_fit(dire
     ]
     assert run("evaluate", directory, "--stage", "scratch", *overrides) == 2
     assert "checkpoint of another schema" in capsys.readouterr().err
+
+
+def test_a_request_to_stop_behind_the_last_step_stops_what_would_follow(directory, tmp_path, capsys):
+    """A signal while the last checkpoint is written; outside of the stage it would end the process."""
+    config = tiny_config(directory, *SHORT, f"run_dir={tmp_path / 'run'}")
+    train = Trainer.run
+
+    def train_and_be_asked(trainer: Trainer) -> bool:
+        finished = train(trainer)
+        signal.raise_signal(signal.SIGTERM)
+        return finished
+
+    with start_runtime("cpu") as runtime, mock.patch.object(Trainer, "run", train_and_be_asked):
+        jobs.demo(jobs.Job(config, runtime))
+    assert "stopped by SIGTERM" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "run").iterdir() if path.is_dir()] == ["pretrain"]
+    assert (tmp_path / "run" / "pretrain" / "done.json").exists()
