@@ -12,7 +12,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from hetegen_rec import jobs
 from hetegen_rec.config.errors import ConfigError
 from hetegen_rec.config.loading import load_config
-from hetegen_rec.data.raw import DataError
+from hetegen_rec.data.errors import DataError
 from hetegen_rec.data.sources import SourceError
 from hetegen_rec.distributed.planning import PlanningError
 from hetegen_rec.distributed.runtime import (

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import get_args
 
 from hetegen_rec.config.export import Backend, ScoringStrategy
-from hetegen_rec.data.raw import DataError
+from hetegen_rec.data.errors import DataError
 from hetegen_rec.launching.exit_codes import FAILED
 from hetegen_rec.locks import LockedError
 from hetegen_rec.scoring.delta import apply_delta

@@ -13,8 +13,8 @@ import pyarrow.compute as pc
 
 from hetegen_rec.config.schema import Field
 from hetegen_rec.data.columns import FieldValues, ValueType
+from hetegen_rec.data.errors import BadRowsError, DataError
 from hetegen_rec.data.hashing import UInt64Array, mix64, salt_of
-from hetegen_rec.data.raw import BadRowsError, DataError
 from hetegen_rec.data.vocabulary import HashVocabulary, hash_values
 
 MAX_DISTINCT = 50_000_000

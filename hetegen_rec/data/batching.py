@@ -19,8 +19,8 @@ from hetegen_rec.config.run import Frequency
 from hetegen_rec.config.schema import NUM_RESERVED_IDS, ReservedId, Schema
 from hetegen_rec.data.batch import Batch
 from hetegen_rec.data.cursor import Cursor
+from hetegen_rec.data.errors import DataError
 from hetegen_rec.data.hashing import salt_of, uniform
-from hetegen_rec.data.raw import DataError
 from hetegen_rec.data.statistics import Statistics, drop_probability
 
 LABEL = "__label"

@@ -24,7 +24,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from hetegen_rec.config.schema import Field, Schema
-from hetegen_rec.data.raw import BadRowsError, column_keys
+from hetegen_rec.data.errors import BadRowsError
+from hetegen_rec.data.raw import column_keys
 
 ValueType: TypeAlias = Literal["integer", "string", "number", "none"]
 """`none` is that of rows without values, which fits every other type."""

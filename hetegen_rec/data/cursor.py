@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hetegen_rec.data.raw import DataError
+from hetegen_rec.data.errors import DataError
 
 
 @dataclass(frozen=True)

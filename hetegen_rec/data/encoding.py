@@ -31,8 +31,9 @@ from hetegen_rec.data.columns import (
     require_columns,
     timestamps,
 )
+from hetegen_rec.data.errors import BadRowsError
 from hetegen_rec.data.hashing import salt_of
-from hetegen_rec.data.raw import BadRowsError, column_keys
+from hetegen_rec.data.raw import column_keys
 from hetegen_rec.data.statistics import Statistics
 from hetegen_rec.data.vocabulary import (
     BucketVocabulary,

@@ -8,8 +8,8 @@ import pyarrow as pa
 from hetegen_rec.config.data import DataConfig
 from hetegen_rec.config.schema import Schema
 from hetegen_rec.data.encoding import vocabulary_path
+from hetegen_rec.data.errors import DataError
 from hetegen_rec.data.manifest import read_manifest
-from hetegen_rec.data.raw import DataError
 from hetegen_rec.data.statistics import Statistics
 from hetegen_rec.data.summary import KeptTable, definition_of
 from hetegen_rec.data.vocabulary import ExactVocabulary, TableIdentity

@@ -9,7 +9,8 @@ from typing import TypeAlias
 import pyarrow as pa
 
 from hetegen_rec.data.batching import Batcher
-from hetegen_rec.data.raw import DataError, PreparedAnewError, RowGroup, read_row_group
+from hetegen_rec.data.errors import DataError, PreparedAnewError
+from hetegen_rec.data.raw import RowGroup, read_row_group
 from hetegen_rec.data.row_plan import Interval, Window
 
 logger = logging.getLogger(__name__)

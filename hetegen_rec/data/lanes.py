@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hetegen_rec.data.cursor import Served
-from hetegen_rec.data.raw import DataError
+from hetegen_rec.data.errors import DataError
 
 
 class Lanes:

@@ -14,18 +14,10 @@ from hetegen_rec.config.run import RunConfig
 from hetegen_rec.config.schema import Schema
 from hetegen_rec.data.bad_shards import BadShard
 from hetegen_rec.data.columns import ValueType, time_unit, type_in
-from hetegen_rec.data.raw import (
-    BadRowsError,
-    DataError,
-    RowGroup,
-    by_real_path,
-    check_columns,
-    column_keys,
-    expand_paths,
-    is_csv,
-    read_shape,
-    row_groups,
-)
+from hetegen_rec.data.delimited import is_csv
+from hetegen_rec.data.errors import BadRowsError, DataError
+from hetegen_rec.data.opening import check_columns
+from hetegen_rec.data.raw import RowGroup, by_real_path, column_keys, expand_paths, read_shape, row_groups
 from hetegen_rec.data.workers import Workers
 
 Files: TypeAlias = dict[Split, list[str]]

@@ -12,7 +12,7 @@ from hetegen_rec.config.data import DataConfig, Split
 from hetegen_rec.config.run import RunConfig
 from hetegen_rec.config.schema import Schema
 from hetegen_rec.data.bad_shards import BadShard
-from hetegen_rec.data.raw import DataError
+from hetegen_rec.data.errors import DataError
 from hetegen_rec.sealing import digest_of
 
 MANIFEST_FILE = "manifest.json"

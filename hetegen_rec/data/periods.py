@@ -33,9 +33,10 @@ from hetegen_rec.config.run import RunConfig
 from hetegen_rec.config.schema import Schema
 from hetegen_rec.data.accumulators import Histogram
 from hetegen_rec.data.columns import timestamps
+from hetegen_rec.data.errors import BadRowsError, DataError
 from hetegen_rec.data.listing import Files, Groups, find_files, list_groups
 from hetegen_rec.data.manifest import input_fingerprint
-from hetegen_rec.data.raw import BadRowsError, DataError, RowGroup, list_row_groups
+from hetegen_rec.data.raw import RowGroup, list_row_groups
 from hetegen_rec.data.raw_parts import RawParts, raw_pattern
 from hetegen_rec.data.row_pass import Progress, RowPass, Use, silent
 from hetegen_rec.data.workers import Workers

@@ -37,6 +37,7 @@ from hetegen_rec.data.accumulators import FieldAccumulator
 from hetegen_rec.data.bad_shards import BadShard, summary, warn_of
 from hetegen_rec.data.columns import ValueType
 from hetegen_rec.data.encoding import VOCABULARY_DIR, Encoder, vocabulary_path
+from hetegen_rec.data.errors import BadRowsError, DataError
 from hetegen_rec.data.growth import KeptIds
 from hetegen_rec.data.listing import Files, Groups, Listing, find_files, list_groups, look_at, require_rows
 from hetegen_rec.data.manifest import (
@@ -49,7 +50,7 @@ from hetegen_rec.data.manifest import (
 )
 from hetegen_rec.data.parts import Parts
 from hetegen_rec.data.prepared import write_row_groups
-from hetegen_rec.data.raw import BadRowsError, DataError, expand_paths, row_groups
+from hetegen_rec.data.raw import expand_paths, row_groups
 from hetegen_rec.data.row_pass import BadGroup, Progress, RowPass, num_rows_of, silent
 from hetegen_rec.data.statistics import Accumulator, Statistics, write_statistics
 from hetegen_rec.data.summary import KeptTable, summarise_table

@@ -11,8 +11,9 @@ import pyarrow.parquet as pq
 
 from hetegen_rec.config.data import Split
 from hetegen_rec.config.run import RunConfig
+from hetegen_rec.data.errors import DataError, PreparedAnewError
 from hetegen_rec.data.manifest import read_manifest
-from hetegen_rec.data.raw import DataError, PreparedAnewError, RowGroup, list_row_groups
+from hetegen_rec.data.raw import RowGroup, list_row_groups
 from hetegen_rec.data.row_pass import num_rows_of
 from hetegen_rec.data.statistics import Statistics
 

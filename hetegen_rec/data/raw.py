@@ -3,10 +3,6 @@
 Parquet, and CSV or TSV with a header (by suffix, also compressed as `.gz`, `.bz2`, `.zst`). Paths may
 be URLs that fsspec knows, such as `s3://bucket/day=1/*.parquet`.
 
-In CSV an empty cell is a missing value (a quoted empty string is a value), ids are read as strings,
-numbers as doubles, and lists as strings with values separated by `|`: types never depend on what a
-block happens to hold.
-
 Damage is noticed where the format lets it be: page checksums of Parquet are verified where the writer
 left them (`write_page_checksum=True` in pyarrow), and a row group must hold as many rows as the footer
 says. Changed bytes of a page without a checksum may read as other values, which nobody can notice.
@@ -14,57 +10,23 @@ says. Changed bytes of a page without a checksum may read as other values, which
 
 import glob
 import os
-import re
-from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path, PurePath
-from typing import Any, TypeAlias
 
 import fsspec
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.csv
 import pyarrow.parquet as pq
 
 from hetegen_rec.config.schema import Field, Schema
+from hetegen_rec.data.delimited import count_csv_rows, csv_names, csv_tables, is_csv
+from hetegen_rec.data.errors import BadRowsError, DataError, PreparedAnewError
+from hetegen_rec.data.opening import ColumnKeys, check_columns, open_parquet, reading
 
 BATCH_ROWS = 65_536
 """Most rows of Parquet held at a time by `iter_tables`."""
-CSV_BLOCK_BYTES = 16 << 20
-"""Bytes of CSV parsed at a time."""
-LIST_SEPARATOR = "|"
 PREPARATION_KEY = b"hetegen_rec.preparation"
 """In the metadata of a file of encoded rows: which preparation wrote it."""
-
-_DELIMITERS = {".csv": ",", ".tsv": "\t"}
-_COMPRESSIONS = {".gz", ".bz2", ".zst"}
-
-ColumnKeys: TypeAlias = Mapping[str, str]
-"""Columns to read, each with the configuration key that names it."""
-
-
-class DataError(ValueError):
-    """The data are not what the configuration says. The message names the place and the fix."""
-
-
-class BadRowsError(DataError):
-    """Some raw rows cannot be used; without them (`data.on_bad_shard: skip`) the others can."""
-
-
-class PreparedAnewError(DataError):
-    """Other encoded rows than a run's were read, from the place in its argument.
-
-    Their ids are not those of the run's model, so `data.on_bad_shard: skip` passes over none of them.
-    """
-
-    def __str__(self) -> str:
-        return (
-            f"{self.args[0]}: was prepared anew while it was read; give each schema and each set of raw "
-            "files its own `data.prepared_dir`, and start again"
-        )
 
 
 @dataclass(frozen=True)
@@ -106,11 +68,6 @@ class RowGroup:
         return self.path if is_csv(self.path) else f"{self.path}, row group {self.index}"
 
 
-def is_csv(path: str) -> bool:
-    """Whether the name says CSV or TSV; anything else is taken for Parquet."""
-    return _text_suffix(path) in _DELIMITERS
-
-
 def expand_paths(patterns: Sequence[str]) -> list[str]:
     """The files that paths and globs stand for: sorted within a pattern, patterns in their order.
 
@@ -148,13 +105,13 @@ def read_shape(path: str) -> FileShape:
     Raises:
         BadRowsError: the file cannot be read.
     """
-    with _reading(path):
+    with reading(path):
         stamp = _stamp(path)
     if is_csv(path):
-        names = _csv_names(path)
+        names = csv_names(path)
         schema = pa.schema([(name, pa.null()) for name in names])
-        return FileShape((_count_csv_rows(path, names[0]),), schema, stamp)
-    with _reading(path), _parquet(path) as file:
+        return FileShape((count_csv_rows(path, names[0]),), schema, stamp)
+    with reading(path), open_parquet(path) as file:
         metadata = file.metadata
         rows = tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
         return FileShape(rows, file.schema_arrow, stamp)
@@ -197,21 +154,6 @@ def column_keys(
     return keys
 
 
-def check_columns(path: str, columns: Collection[str] | ColumnKeys, existing: Sequence[str]) -> None:
-    """Raises BadRowsError unless each of the columns stands once among the existing ones of a file."""
-    times = Counter(existing)
-    for column in columns:
-        if times[column] == 1:
-            continue
-        if times[column]:
-            raise BadRowsError(f"{path}: holds {times[column]} columns {column!r}; write it with one")
-        key = f" (`{columns[column]}`)" if isinstance(columns, Mapping) else ""
-        raise BadRowsError(
-            f"{path}: no column {column!r}{key}; the file has: {', '.join(existing)}. "
-            "Name one of these in the configuration, or write the column"
-        )
-
-
 def read_row_group(group: RowGroup, columns: Sequence[str] | ColumnKeys) -> pa.Table:
     """One Parquet row group.
 
@@ -222,7 +164,7 @@ def read_row_group(group: RowGroup, columns: Sequence[str] | ColumnKeys) -> pa.T
     """
     if is_csv(group.path):
         raise DataError(f"{group.path}: CSV cannot be read by row group; use `data.encode: prepared`")
-    with _reading(group.where), _parquet(group.path) as file:
+    with reading(group.where), open_parquet(group.path) as file:
         _check_preparation(group, file)
         check_columns(group.path, columns, file.schema_arrow.names)
         table = file.read_row_group(group.index, columns=list(columns), use_threads=False)
@@ -239,7 +181,7 @@ def iter_tables(group: RowGroup, schema: Schema, *, labelled: bool = True) -> It
             its type.
     """
     columns = column_keys(schema, labelled=labelled)
-    tables = _csv_tables(group.path, schema, columns) if is_csv(group.path) else _tables(group, columns)
+    tables = csv_tables(group.path, schema, columns) if is_csv(group.path) else _tables(group, columns)
     num_rows = 0
     for table in tables:
         num_rows += len(table)
@@ -258,43 +200,6 @@ def _glob(pattern: str) -> list[str]:
     return sorted(filesystem.unstrip_protocol(match) for match in filesystem.glob(path))
 
 
-def _text_suffix(path: str) -> str:
-    name = PurePath(path.lower())
-    return PurePath(name.stem).suffix if name.suffix in _COMPRESSIONS else name.suffix
-
-
-@contextmanager
-def _reading(where: str) -> Iterator[None]:
-    """Says which file it was when Arrow or the system cannot read it."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise BadRowsError(
-            f"{where}: is gone since the files were listed; start again when nobody changes the files"
-        ) from error
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise BadRowsError(
-            f"{where}: cannot be read; it may be truncated, damaged or of another format: {_said(error)}"
-        ) from error
-
-
-@contextmanager
-def _parquet(path: str) -> Iterator[pq.ParquetFile]:
-    with ExitStack() as stack:
-        source = path
-        if "://" in path:
-            source = stack.enter_context(fsspec.open(path, "rb"))
-        else:
-            _check_kind(path)
-        yield stack.enter_context(pq.ParquetFile(source, page_checksum_verification=True))
-
-
-def _check_kind(path: str) -> None:
-    """To open a pipe would be to wait for ever."""
-    if Path(path).exists() and not Path(path).is_file():
-        raise BadRowsError(f"{path}: is no file; name files, such as those in a directory by `{path}/*`")
-
-
 def _stamp(path: str) -> str | None:
     if "://" in path:
         return None
@@ -306,7 +211,7 @@ def _check_stamp(group: RowGroup) -> None:
     """After reading, because a file may be replaced, or change, while it is read."""
     if group.stamp is None:
         return
-    with _reading(group.where):
+    with reading(group.where):
         stamp = _stamp(group.path)
     if stamp != group.stamp:
         raise BadRowsError(
@@ -331,86 +236,10 @@ def _check_rows(group: RowGroup, num_rows: int) -> None:
         )
 
 
-def _said(error: Exception) -> str:
-    """What a library says, in one line, without advice that cannot be followed here."""
-    if "straddling object" in str(error):
-        return f"a row is longer than {CSV_BLOCK_BYTES >> 20} MiB, or a quote is not closed"
-    return " ".join(str(error).split())
-
-
 def _tables(group: RowGroup, columns: ColumnKeys) -> Iterator[pa.Table]:
-    with _reading(group.where), _parquet(group.path) as file:
+    with reading(group.where), open_parquet(group.path) as file:
         check_columns(group.path, columns, file.schema_arrow.names)
         for batch in file.iter_batches(
             BATCH_ROWS, row_groups=[group.index], columns=list(columns), use_threads=False
         ):
             yield pa.Table.from_batches([batch])
-
-
-def _csv_tables(path: str, schema: Schema, columns: ColumnKeys) -> Iterator[pa.Table]:
-    check_columns(path, columns, _csv_names(path))
-    lists = {field.column for field in schema.fields if field.is_list}
-    for batch in _csv_batches(path, list(columns), _csv_types(schema)):
-        arrays = [
-            pc.split_pattern(array, LIST_SEPARATOR) if name in lists else array
-            for name, array in zip(batch.schema.names, batch.columns, strict=True)
-        ]
-        yield pa.table(arrays, batch.schema.names)
-
-
-def _csv_types(schema: Schema) -> dict[str, pa.DataType]:
-    types = {schema.label: pa.float64()}
-    for field in schema.fields:
-        types[field.column] = pa.float64() if field.kind == "numeric" else pa.string()
-    if schema.timestamp:
-        types[schema.timestamp] = pa.int64()
-    return types
-
-
-def _csv_names(path: str) -> list[str]:
-    with _reading(path), _csv_reader(path, [], {}) as reader:
-        names: list[str] = reader.schema.names
-        return names
-
-
-def _count_csv_rows(path: str, first: str) -> int:
-    # Bytes hold whatever the column holds.
-    return sum(batch.num_rows for batch in _csv_batches(path, [first], {first: pa.binary()}))
-
-
-def _csv_batches(path: str, columns: list[str], types: Mapping[str, pa.DataType]) -> Iterator[pa.RecordBatch]:
-    try:
-        with _csv_reader(path, columns, types) as reader:
-            yield from reader
-    except OSError as error:
-        raise BadRowsError(f"{path}: cannot be read; it may be truncated or damaged: {error}") from error
-    except pa.ArrowInvalid as error:
-        names = _csv_names(path)
-        message = re.sub(r"CSV column #(\d+)", lambda match: f"column {names[int(match[1])]!r}", _said(error))
-        raise BadRowsError(f"{path}: {message}") from error
-
-
-@contextmanager
-def _csv_reader(
-    path: str, columns: list[str], types: Mapping[str, pa.DataType]
-) -> Iterator[pa.csv.CSVStreamingReader]:
-    options: dict[str, Any] = {
-        "read_options": pa.csv.ReadOptions(block_size=CSV_BLOCK_BYTES),
-        "parse_options": pa.csv.ParseOptions(
-            delimiter=_DELIMITERS[_text_suffix(path)], newlines_in_values=True
-        ),
-        "convert_options": pa.csv.ConvertOptions(
-            include_columns=columns,
-            column_types=dict(types),
-            strings_can_be_null=True,
-            null_values=[""],
-            quoted_strings_can_be_null=False,
-        ),
-    }
-    with ExitStack() as stack:
-        source = path
-        if "://" in path:
-            source = stack.enter_context(fsspec.open(path, "rb", compression="infer"))
-        else:
-            _check_kind(path)
-        yield stack.enter_context(pa.csv.open_csv(source, **options))

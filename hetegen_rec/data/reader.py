@@ -22,12 +22,13 @@ from hetegen_rec.data.batch import Batch
 from hetegen_rec.data.batching import Batcher
 from hetegen_rec.data.cursor import Cursor
 from hetegen_rec.data.encoding import Encoder, required_columns
+from hetegen_rec.data.errors import DataError
 from hetegen_rec.data.hashing import mix64
 from hetegen_rec.data.interval_reader import Encode, IntervalReader, SkipLog, SkippedRows
 from hetegen_rec.data.lanes import Lanes, cut
 from hetegen_rec.data.prefetch import prefetch
 from hetegen_rec.data.prepared import prepared_row_groups
-from hetegen_rec.data.raw import DataError, RowGroup
+from hetegen_rec.data.raw import RowGroup
 from hetegen_rec.data.row_plan import Piece, RowPlan, lanes_of, split_of
 from hetegen_rec.data.statistics import Statistics
 

@@ -8,7 +8,8 @@ from typing import TypeAlias
 import pyarrow as pa
 
 from hetegen_rec.config.schema import Schema
-from hetegen_rec.data.raw import BATCH_ROWS, BadRowsError, RowGroup, iter_tables
+from hetegen_rec.data.errors import BadRowsError
+from hetegen_rec.data.raw import BATCH_ROWS, RowGroup, iter_tables
 from hetegen_rec.data.workers import Workers
 
 logger = logging.getLogger(__name__)

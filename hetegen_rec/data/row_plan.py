@@ -24,8 +24,9 @@ from numpy.typing import NDArray
 
 from hetegen_rec.config.errors import ConfigError
 from hetegen_rec.data.cursor import Cursor
+from hetegen_rec.data.errors import DataError
 from hetegen_rec.data.lanes import cut
-from hetegen_rec.data.raw import DataError, RowGroup
+from hetegen_rec.data.raw import RowGroup
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from hetegen_rec.config.errors import ConfigError
 from hetegen_rec.config.schema import Schema
+from hetegen_rec.data.errors import DataError
 from hetegen_rec.data.hashing import UInt64Array, hash_bucket, mix64, salt_of
-from hetegen_rec.data.raw import DataError
 
 FORMAT_VERSION = 1
 """Raised whenever a stored sketch changes its meaning."""

@@ -15,7 +15,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from hetegen_rec.config.schema import NUM_RESERVED_IDS, Schema
-from hetegen_rec.data.raw import DataError
+from hetegen_rec.data.errors import DataError
 from hetegen_rec.data.statistics import Statistics
 
 Seen: TypeAlias = dict[str, NDArray[np.bool_]]

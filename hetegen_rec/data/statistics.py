@@ -19,7 +19,7 @@ import pyarrow as pa
 from hetegen_rec.config.schema import NUM_RESERVED_IDS, Field, ReservedId, Schema
 from hetegen_rec.data.accumulators import FieldAccumulator
 from hetegen_rec.data.columns import ValueType, field_values, labels, timestamps
-from hetegen_rec.data.raw import DataError
+from hetegen_rec.data.errors import DataError
 from hetegen_rec.data.vocabulary import TableIdentity
 
 STATISTICS_FILE = "statistics.json"

@@ -10,7 +10,7 @@ import pyarrow as pa
 from hetegen_rec.config.schema import NUM_RESERVED_IDS, Field, ReservedId, Schema
 from hetegen_rec.data.accumulators import Counter, FieldAccumulator, HashCounter, Histogram, ValueCounter
 from hetegen_rec.data.columns import ValueType
-from hetegen_rec.data.raw import DataError
+from hetegen_rec.data.errors import DataError
 from hetegen_rec.data.statistics import FieldStatistics
 from hetegen_rec.data.vocabulary import (
     BucketVocabulary,

@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 
 from hetegen_rec.config.export import Backend
 from hetegen_rec.data.encoding import FieldEncoder
-from hetegen_rec.data.raw import DataError, column_keys
+from hetegen_rec.data.errors import DataError
+from hetegen_rec.data.raw import column_keys
 from hetegen_rec.scoring.backends import Graph, load_part
 from hetegen_rec.scoring.layout import Layout
 from hetegen_rec.scoring.manifest import Artifact

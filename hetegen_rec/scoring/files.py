@@ -7,7 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hetegen_rec.config.export import ScoringStrategy
-from hetegen_rec.data.raw import DataError, iter_tables, list_row_groups
+from hetegen_rec.data.errors import DataError
+from hetegen_rec.data.raw import iter_tables, list_row_groups
 from hetegen_rec.scoring.scorer import Scorer
 
 _SCHEMA = pa.schema([("row_id", pa.int64()), ("probability", pa.float32())])

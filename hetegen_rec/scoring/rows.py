@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 import pyarrow as pa
 
 from hetegen_rec.config.schema import Schema
-from hetegen_rec.data.raw import DataError
+from hetegen_rec.data.errors import DataError
 
 Row: TypeAlias = Mapping[str, Any]
 """A row by its columns; a column that it lacks is a missing value."""

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from hetegen_rec.config.export import Backend, ScoringStrategy
 from hetegen_rec.data.encoding import FieldEncoder
-from hetegen_rec.data.raw import DataError, column_keys
+from hetegen_rec.data.errors import DataError
+from hetegen_rec.data.raw import column_keys
 from hetegen_rec.scoring.backends import Graph, choose_backend, load_graph, load_part
 from hetegen_rec.scoring.candidates import Candidates
 from hetegen_rec.scoring.layout import Layout

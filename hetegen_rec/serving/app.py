@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import ClientDisconnect
 
-from hetegen_rec.data.raw import DataError
+from hetegen_rec.data.errors import DataError
 from hetegen_rec.scoring.errors import ArtifactError
 from hetegen_rec.serving.batching import Batcher, OverloadedError
 from hetegen_rec.serving.bodies import ARROW_STREAM, JSON, BodyError, Decoded, format_of

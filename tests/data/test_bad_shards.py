@@ -10,7 +10,7 @@ from encoded_shards import Shards, encoded_rows, open_shards, write_shards
 
 from hetegen_rec.data.batching import LABEL
 from hetegen_rec.data.cursor import Cursor
-from hetegen_rec.data.raw import DataError
+from hetegen_rec.data.errors import DataError
 
 SIZES = [20, 20, 20, 20, 20]
 BAD = set(range(40, 60))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hetegen_rec.config.schema import NUM_RESERVED_IDS, Schema
 from hetegen_rec.data.batching import Batcher, encoded_schema
 from hetegen_rec.data.cursor import Cursor, Served
-from hetegen_rec.data.raw import DataError
+from hetegen_rec.data.errors import DataError
 from hetegen_rec.data.statistics import FieldStatistics, Statistics
 
 SCHEMA = Schema.model_validate(

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from hetegen_rec.data.cursor import Cursor, Served
-from hetegen_rec.data.raw import DataError
+from hetegen_rec.data.errors import DataError
 
 
 @pytest.mark.parametrize(

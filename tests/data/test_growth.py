@@ -9,8 +9,8 @@ from raw_log import FEATURES, World, config_for, encoded, rows
 
 from hetegen_rec.config import ConfigError, RunConfig
 from hetegen_rec.config.schema import NUM_RESERVED_IDS
+from hetegen_rec.data.errors import DataError
 from hetegen_rec.data.prepare import prepare
-from hetegen_rec.data.raw import DataError
 from hetegen_rec.data.statistics import Statistics
 from hetegen_rec.data.vocabulary import ExactVocabulary
 

@@ -17,8 +17,8 @@ from hetegen_rec.data.batch import Batch
 from hetegen_rec.data.batching import NO_ITEM
 from hetegen_rec.data.cursor import Cursor
 from hetegen_rec.data.encoding import Encoder
+from hetegen_rec.data.errors import DataError, PreparedAnewError
 from hetegen_rec.data.prepare import prepare
-from hetegen_rec.data.raw import DataError, PreparedAnewError
 from hetegen_rec.data.reader import open_reader
 
 ROWS = {"train": 120, "valid": 31, "test": 2}

@@ -15,8 +15,9 @@ from timed_log import NUM_ROWS, timed_config, timed_rows, write_log
 from hetegen_rec.config.errors import ConfigError
 from hetegen_rec.config.run import RunConfig
 from hetegen_rec.data import periods
+from hetegen_rec.data.errors import DataError
 from hetegen_rec.data.periods import Periods, cut_periods
-from hetegen_rec.data.raw import DataError, expand_paths
+from hetegen_rec.data.raw import expand_paths
 
 
 def cut(config: RunConfig, directory: Path, ranks: int = 1) -> Periods:

@@ -13,8 +13,8 @@ from alone import Alone
 from raw_log import FEATURES, World, config_for, encoded, raw_table, rows
 
 from hetegen_rec.config import ConfigError, RunConfig, Schema
+from hetegen_rec.data.errors import DataError
 from hetegen_rec.data.prepare import prepare, read_statistics
-from hetegen_rec.data.raw import DataError
 from hetegen_rec.data.statistics import Statistics
 from hetegen_rec.locks import directory_lock
 

@@ -11,9 +11,10 @@ from alone import Alone
 from hetegen_rec.config import RunConfig
 from hetegen_rec.config.data import Split
 from hetegen_rec.config.loading import parse_config
+from hetegen_rec.data.errors import DataError
 from hetegen_rec.data.prepare import prepare, read_statistics
 from hetegen_rec.data.prepared import prepared_row_groups
-from hetegen_rec.data.raw import DataError, RowGroup, read_shape
+from hetegen_rec.data.raw import RowGroup, read_shape
 
 
 def prepared(root: Path, **data: Any) -> RunConfig:

@@ -10,10 +10,9 @@ import pytest
 from fsspec.registry import known_implementations
 
 from hetegen_rec.config import Schema
+from hetegen_rec.data.errors import BadRowsError, DataError
+from hetegen_rec.data.opening import check_columns
 from hetegen_rec.data.raw import (
-    BadRowsError,
-    DataError,
-    check_columns,
     column_keys,
     expand_paths,
     iter_tables,
@@ -142,7 +141,7 @@ def test_csv_types_do_not_depend_on_the_cells(tmp_path) -> None:
 
 
 def test_tsv_may_be_compressed_and_read_in_blocks(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("hetegen_rec.data.raw.CSV_BLOCK_BYTES", 64)
+    monkeypatch.setattr("hetegen_rec.data.delimited.CSV_BLOCK_BYTES", 64)
     lines = ["click\ttime\titem\tprice usd\ttags", *(f"1\t{i}\t{i}\t{i}\tt{i}" for i in range(50))]
     path = tmp_path / "part.tsv.gz"
     with fsspec.open(str(path), "wt", compression="gzip") as stream:
@@ -174,7 +173,7 @@ def test_a_csv_cell_of_the_wrong_type_names_file_column_and_value(tmp_path) -> N
     ],
 )
 def test_a_csv_file_that_is_none_is_named(tmp_path, monkeypatch, content, message) -> None:
-    monkeypatch.setattr("hetegen_rec.data.raw.CSV_BLOCK_BYTES", 64)
+    monkeypatch.setattr("hetegen_rec.data.delimited.CSV_BLOCK_BYTES", 64)
     path = tmp_path / "part.csv"
     path.write_bytes(content)
     with pytest.raises(BadRowsError, match=rf"part\.csv: .*{message}") as error:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from hetegen_rec.config.errors import ConfigError
 from hetegen_rec.data.cursor import Cursor, Served
-from hetegen_rec.data.raw import DataError
+from hetegen_rec.data.errors import DataError
 from hetegen_rec.data.reader import _steps
 
 START = Cursor()

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from hetegen_rec.config.errors import ConfigError
 from hetegen_rec.data.cursor import Cursor, Served
-from hetegen_rec.data.raw import DataError, RowGroup
+from hetegen_rec.data.errors import DataError
+from hetegen_rec.data.raw import RowGroup
 from hetegen_rec.data.row_plan import RowPlan, lanes_of
 
 SIZES = st.lists(st.integers(0, 40), min_size=1, max_size=8).filter(any)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from hetegen_rec.config.errors import ConfigError
 from hetegen_rec.config.schema import Schema
-from hetegen_rec.data.raw import DataError
+from hetegen_rec.data.errors import DataError
 from hetegen_rec.data.sketch import CombinationCounts, choose_sets
 
 SCHEMA = Schema.model_validate(

@@ -9,7 +9,7 @@ from small_log import SCHEMA, Log, column
 
 from hetegen_rec.data.batching import Batcher
 from hetegen_rec.data.cursor import Cursor
-from hetegen_rec.data.raw import DataError
+from hetegen_rec.data.errors import DataError
 from hetegen_rec.data.staleness import Staleness, id_cells
 
 TABLES = [owner.name for owner in SCHEMA.table_owners]

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from hetegen_rec.config import Schema
 from hetegen_rec.data import accumulators
 from hetegen_rec.data.accumulators import DistinctSketch, Histogram
+from hetegen_rec.data.errors import DataError
 from hetegen_rec.data.hashing import mix64
-from hetegen_rec.data.raw import DataError
 from hetegen_rec.data.statistics import Accumulator, FieldStatistics, Statistics
 from hetegen_rec.data.summary import KeptTable, summarise_table
 from hetegen_rec.data.vocabulary import ExactVocabulary, TableIdentity

@@ -10,7 +10,7 @@ from hetegen_rec.cli import main
 from hetegen_rec.config.errors import ConfigError
 from hetegen_rec.config.export import ExportConfig
 from hetegen_rec.config.schema import Schema
-from hetegen_rec.data.raw import DataError
+from hetegen_rec.data.errors import DataError
 from hetegen_rec.data.statistics import FieldStatistics, Statistics
 from hetegen_rec.export.part_parity import integers_of
 from hetegen_rec.export.parts import check_parts

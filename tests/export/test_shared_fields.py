@@ -7,7 +7,7 @@ from rich_artifact import SHARED
 from hetegen_rec.config.errors import ConfigError
 from hetegen_rec.config.export import ExportConfig
 from hetegen_rec.config.schema import Schema
-from hetegen_rec.data.raw import DataError
+from hetegen_rec.data.errors import DataError
 from hetegen_rec.data.statistics import Statistics
 from hetegen_rec.export.parts import check_parts
 from hetegen_rec.scoring.errors import ArtifactError

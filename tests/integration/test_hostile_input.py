@@ -40,9 +40,9 @@ from raw_files import (
 from tiny_run import write_config
 
 from hetegen_rec.cli import main
+from hetegen_rec.data.errors import DataError
 from hetegen_rec.data.manifest import read_manifest
 from hetegen_rec.data.prepare import encode_files, prepare, read_statistics
-from hetegen_rec.data.raw import DataError
 from hetegen_rec.distributed.runtime import start_runtime
 
 

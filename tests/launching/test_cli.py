@@ -8,7 +8,7 @@ import pytest
 from tiny_run import write_tiny
 
 from hetegen_rec import cli, terminal
-from hetegen_rec.data.raw import DataError
+from hetegen_rec.data.errors import DataError
 from hetegen_rec.distributed.runtime import PeerFailedError, Runtime
 from hetegen_rec.jobs import Job
 

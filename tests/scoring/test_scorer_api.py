@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny_artifact import SCHEMA, raw_rows
 
-from hetegen_rec.data.raw import DataError
+from hetegen_rec.data.errors import DataError
 from hetegen_rec.scoring import scorer as scorer_module
 from hetegen_rec.scoring.errors import ArtifactError
 from hetegen_rec.scoring.hardware import this_hardware

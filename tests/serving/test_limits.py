@@ -10,7 +10,7 @@ import pytest
 from in_process import InProcess
 from tiny_artifact import raw_rows
 
-from hetegen_rec.data.raw import DataError
+from hetegen_rec.data.errors import DataError
 from hetegen_rec.serving.batching import OverloadedError
 
 ROWS = raw_rows(40)

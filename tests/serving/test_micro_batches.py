@@ -9,7 +9,7 @@ import pytest
 from in_process import InProcess
 from tiny_artifact import raw_rows
 
-from hetegen_rec.data.raw import DataError
+from hetegen_rec.data.errors import DataError
 
 ROWS = raw_rows(200)
 
