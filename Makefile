@@ -46,7 +46,7 @@ demo: setup  ## pre-train, fine-tune and evaluate on a real click log, with a re
 
 test: lint  ## lint, types and all tests
 	@$(USE_VENV)
-	timeout --kill-after=30 2400 pytest --numprocesses logical --maxprocesses 4 --dist loadgroup
+	timeout --kill-after=30 2400 pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: setup $(DEV)  ## format, lint and types only
 	@$(USE_VENV)
