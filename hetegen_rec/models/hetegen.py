@@ -137,6 +137,11 @@ class HeteGenNetwork(ClickNetwork):
         return ("reconstruction", "difficulty") if self.stage == "scratch" else ()
 
     @property
+    def scorers(self) -> Sequence[str]:
+        """The click head, or the backbone in its place."""
+        return ("ctr_head", "backbone")
+
+    @property
     def mask_tokens(self) -> Tensor | None:
         """[T, D]: the [MASK] vector of every token; None if what scores a row has not learnt them."""
         return None if self.backbone is not None else self.denoiser_masks

@@ -69,6 +69,11 @@ class ClickNetwork(nn.Module, ABC):
         return ()
 
     @property
+    def scorers(self) -> Sequence[str]:
+        """Submodules that do nothing but score clicks, so that no pre-training has trained them."""
+        return ()
+
+    @property
     def mask_tokens(self) -> Tensor | None:
         """[T, D]: what stands for a dropped token; None if nothing was trained to."""
         return None

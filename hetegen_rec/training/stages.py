@@ -217,16 +217,20 @@ def load_checkpoint(
 ) -> None:
     """Loads a checkpoint, whose tables may have grown since.
 
-    A model that reconstructs cannot take a table for which its field would need another head.
+    A model that reconstructs cannot take a table for which its field would need another head. What scores
+    clicks may be another than in pre-training, which has not trained it.
 
     Raises:
         CheckpointError, ConfigError: it does not fit; see `Checkpoints.load`.
     """
-    unread = [f"network.{name}." for name in model.network.unread]
-    if isinstance(model.network, HeteGenNetwork) and not unread:
+    network = model.network
+    unread = network.unread
+    if isinstance(network, HeteGenNetwork) and not unread:
         rows = {field.name: statistics.table_rows(field.name) for field in config.features.table_owners}
         check_growth(config.features, {**rows, **checkpoints.grown_tables(info)}, rows, config.model)
-    checkpoints.load(info, model.dmp, optimizer, unread)
+    if info.metadata["stage"] == "pretrain":
+        unread = (*unread, *network.scorers)
+    checkpoints.load(info, model.dmp, optimizer, [f"network.{name}." for name in unread])
 
 
 def _state_of(newest: CheckpointInfo, statistics: Statistics, reader: Reader) -> StageState:

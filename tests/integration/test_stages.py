@@ -259,3 +259,21 @@ def test_a_request_to_stop_behind_the_last_step_stops_what_would_follow(director
     assert "stopped by SIGTERM" in capsys.readouterr().out
     assert [path.name for path in (tmp_path / "run").iterdir() if path.is_dir()] == ["pretrain"]
     assert (tmp_path / "run" / "pretrain" / "done.json").exists()
+
+
+def test_one_pretraining_serves_whatever_scores_clicks(directory, tmp_path):
+    pretrained = tiny_config(directory, *SHORT)
+    with start_runtime("cpu") as runtime:
+        statistics = stages.prepare_data(pretrained, runtime)
+        newest = stages.open_checkpoints(pretrained, "pretrain", statistics, runtime).latest()
+        with stages.open_trainer(pretrained, "pretrain", runtime) as trainer:
+            before = weights_of(trainer.model)
+        start = f"stages.finetune.start_from={newest.location}"
+        for number, scorer in enumerate(("backbone.name=deepfm", "ctr.hidden=[8]", "ctr.head=label_token")):
+            config = tiny_config(
+                directory, *SHORT, f"run_dir={tmp_path / str(number)}", f"model.{scorer}", start
+            )
+            with stages.open_trainer(config, "finetune", runtime) as trainer:
+                after = weights_of(trainer.model)
+            own = {name for name in after if name.startswith(("backbone.", "ctr_head."))}
+            assert all(torch.equal(after[name], before[name]) for name in after.keys() - own), scorer
