@@ -302,8 +302,8 @@ class Checkpoints:
         """Refuses a checkpoint with parameters that the model lacks, which DCP would pass over."""
         reader = Store(info.location).reader()
         stored = self._on_main(info.location, lambda: list(reader.read_metadata().state_dict_metadata))
-        read = {key.removeprefix("model.") for key in stored if key.startswith("model.")} - set(here)
-        spare = sorted(key for key in read if not key.startswith(tuple(unread)))
+        there = {key.removeprefix("model.") for key in stored if key.startswith("model.")}
+        spare = sorted(key for key in there - set(here) if not key.startswith(tuple(unread)))
         if spare:
             raise CheckpointError(
                 f"{info.location}: does not fit this model, which lacks {spare[0]} "
