@@ -2,56 +2,39 @@
 
 import logging
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from hetegen_rec import terminal
 from hetegen_rec.config.data import Split
 from hetegen_rec.config.errors import ConfigError
-from hetegen_rec.config.run import CLICK_STAGES, GENERATIVE_STAGES, RunConfig, Stage
+from hetegen_rec.config.run import CLICK_STAGES, RunConfig, Stage
 from hetegen_rec.data.prepare import encode_files
 from hetegen_rec.data.reader import Reader
-from hetegen_rec.data.statistics import Statistics
 from hetegen_rec.distributed.runtime import DistributedError, Runtime
 from hetegen_rec.evaluation.capacity import capacity_tables
 from hetegen_rec.evaluation.capacity_page import write_capacity
 from hetegen_rec.evaluation.incremental import results_table as incremental_table
 from hetegen_rec.evaluation.incremental import write_page
-from hetegen_rec.evaluation.predictions import Predictions
 from hetegen_rec.evaluation.rehearsal import rehearsal_tables, write_rehearsal
 from hetegen_rec.evaluation.report import write_report
-from hetegen_rec.evaluation.results import (
-    FieldReconstruction,
-    StageEvaluation,
-    read_evaluation,
-    write_evaluation,
-)
 from hetegen_rec.evaluation.tables import results_tables
 from hetegen_rec.export.delta import write_delta
 from hetegen_rec.export.summary import artifact_table, delta_table
 from hetegen_rec.export.triton import add_to_repository
-from hetegen_rec.inference.scorer import Scorer
 from hetegen_rec.locks import directory_lock
 from hetegen_rec.models.embedding import table_shapes
 from hetegen_rec.scoring.manifest import Artifact, open_artifact
 from hetegen_rec.training import stages
 from hetegen_rec.training.capacity import plan_capacity
-from hetegen_rec.training.checkpoint import CheckpointInfo, Checkpoints
-from hetegen_rec.training.held_out import measure_reconstruction
 from hetegen_rec.training.incremental import open_sequence, sequence_dir
 from hetegen_rec.training.progress import RowsProgress
 from hetegen_rec.training.rehearsal import check_rehearsal, rehearse
-from hetegen_rec.training.scoring import (
-    measure,
-    open_scorer,
-    score_rows,
-    score_rows_by,
-    write_predictions,
-)
-from hetegen_rec.training.setup import ShardedModel, build_sharded, open_encoded, open_split
+from hetegen_rec.training.scoring import write_predictions
+from hetegen_rec.training.setup import open_encoded, open_split
+from hetegen_rec.training.trained import Choice, choose, is_evaluated
 
 logger = logging.getLogger(__name__)
 
@@ -63,9 +46,9 @@ class Job:
     config: RunConfig
     runtime: Runtime
     stage: Stage | None = None
-    """The trained stage to evaluate or predict with; default: the first trained click stage."""
+    """The trained stage to evaluate or predict with; default: as of `trained.choose`."""
     checkpoint: str | None = None
-    """A checkpoint's directory; default: the stage's best, or its newest; of `pretrain` its newest."""
+    """A checkpoint's directory; default: as of `trained.choose`."""
     split: Split = "test"
     """The split to predict, where `inputs` names no files."""
     inputs: Sequence[str] = ()
@@ -122,7 +105,7 @@ def train(stage: Stage) -> Callable[[Job], None]:
 
 def evaluate(job: Job) -> None:
     """Scores the validation and test rows with one stage's best checkpoint; writes and shows it."""
-    _evaluate(job, job.config.splits())
+    _choose(job).load().evaluate(job.config.splits())
     _show_results(job)
 
 
@@ -130,15 +113,16 @@ def predict(job: Job) -> None:
     """Writes row id and click probability of every row of a split, or of raw files."""
     if not job.inputs and job.split not in job.config.splits():
         raise ConfigError(f"data.{job.split} names no files, so there is nothing to predict")
-    trained = _load_trained(job)
-    directory = trained.directory / "predictions" / (job.split if not job.inputs else "input")
+    choice = _choose(job)
+    trained = choice.load()
+    directory = choice.directory / "predictions" / (job.split if not job.inputs else "input")
     if job.output is not None:
         directory = Path(job.output)
         with job.runtime.together("checking the output"):
             _refuse_filled(directory)
     if job.inputs:
         with _encoded(job, directory) as encoded:
-            reader = open_encoded(job.config, encoded, trained.statistics, job.runtime)
+            reader = open_encoded(job.config, encoded, choice.statistics, job.runtime)
             write_predictions(trained.score(reader), directory, job.runtime, labelled=False)
     else:
         write_predictions(trained.score_split(job.split), directory, job.runtime)
@@ -152,15 +136,15 @@ def export(job: Job) -> None:
     """Writes an artifact of one stage's best checkpoint, or only what changed since an earlier artifact."""
     if job.runtime.world_size > 1:
         raise ConfigError("`export` is the work of one process; start it without a launcher")
-    found = _find_trained(job)
+    choice = _choose(job)
     kind = "artifact" if job.delta_from is None else "delta"
-    target = Path(job.output) if job.output is not None else found.directory / kind
+    target = Path(job.output) if job.output is not None else choice.directory / kind
     if job.output is not None:
         _refuse_filled(target)
     if job.delta_from is None:
-        _export(job, found, target)
+        _export(choice, target)
     else:
-        _export_delta(job, found, open_artifact(job.delta_from), target)
+        _export_delta(choice, open_artifact(job.delta_from), target)
     terminal.results().print(f"{kind}: {target}")
     if job.triton is not None:
         version = add_to_repository(Path(job.triton), open_artifact(target, verify=False))
@@ -204,9 +188,9 @@ def _train(job: Job, stage: Stage) -> bool:
         )
         if not finished:
             return False
-        trained = replace(job, stage=stage, checkpoint=None)
-        if not _is_evaluated(trained):
-            _evaluate(trained, job.config.splits() if stage in CLICK_STAGES else ())
+        if not is_evaluated(job.config, stage, job.runtime):
+            trained = choose(job.config, job.runtime, stage).load()
+            trained.evaluate(job.config.splits() if stage in CLICK_STAGES else ())
         return True
 
 
@@ -226,49 +210,6 @@ def _alone(job: Job, directory: Path) -> Iterator[None]:
         yield
 
 
-def _is_evaluated(job: Job) -> bool:
-    """Whether there is the evaluation that the job would make, no other one that `evaluate` has put in its
-    place; training would have removed it. As rank 0 finds it.
-    """
-    assert job.stage is not None
-    found = read_evaluation(job.config.stage_dir(job.stage))
-    return job.runtime.broadcast(found is not None and found.get("asked_for") == _asked_for(job))
-
-
-def _asked_for(job: Job) -> dict[str, Any]:
-    """What decides about an evaluation besides the training."""
-    sections = job.config.model_dump(mode="json", include={"inference", "evaluation"})
-    return {"checkpoint": job.checkpoint, **sections}
-
-
-def _evaluate(job: Job, scored: Iterable[Split]) -> None:
-    """Scores splits, and has a generative stage reconstruct the validation rows."""
-    trained = _load_trained(job)
-    results: dict[str, dict[str, Any]] = {}
-    temperature = None
-    for split in scored:
-        if split == "train":
-            continue
-        predictions = trained.score_split(split)
-        metrics = measure(predictions, job.config, trained.statistics, job.runtime, temperature)
-        results[split] = {**metrics, "inference": trained.account()}
-        if split == "valid":
-            temperature = results[split]["temperature"]
-        write_predictions(predictions, trained.directory / "predictions" / split, job.runtime)
-    evaluation: StageEvaluation = {
-        "run": job.config.name,
-        "stage": trained.stage,
-        "checkpoint": trained.checkpoint.location,
-        "step": trained.checkpoint.step,
-        "asked_for": _asked_for(job),
-        "splits": results,
-    }
-    if trained.stage in GENERATIVE_STAGES:
-        evaluation["reconstruction"] = {"valid": trained.reconstruct("valid")}
-    if job.runtime.is_main:
-        write_evaluation(trained.directory, evaluation)
-
-
 def _show_results(job: Job) -> None:
     if job.runtime.is_main:
         terminal.results().print(results_tables(job.config.run_dir))
@@ -276,85 +217,13 @@ def _show_results(job: Job) -> None:
             report(job)
 
 
-@dataclass
-class Trained:
-    """A trained stage, ready to score."""
-
-    config: RunConfig
-    runtime: Runtime
-    stage: Stage
-    checkpoint: CheckpointInfo
-    model: ShardedModel
-    statistics: Statistics
-    scorer: Scorer | None
-    """The strategy of `inference.strategy`; None for `plain`."""
-
-    @property
-    def directory(self) -> Path:
-        """The stage's directory."""
-        return self.config.stage_dir(self.stage)
-
-    def score(self, reader: Reader) -> Predictions:
-        """This rank's share of a reader's rows, scored."""
-        if self.scorer is None:
-            return score_rows(self.model.dmp, reader, self.runtime)
-        return score_rows_by(self.scorer, reader, self.runtime)
-
-    def score_split(self, split: Split) -> Predictions:
-        """This rank's share of a split, scored."""
-        return self.score(open_split(self.config, split, self.statistics, self.runtime))
-
-    def reconstruct(self, split: Split) -> dict[str, FieldReconstruction]:
-        """How well the noised cells of a split are predicted, by field. A collective."""
-        reader = open_split(self.config, split, self.statistics, self.runtime)
-        return measure_reconstruction(self.model, reader, self.config.features, self.runtime)
-
-    def account(self) -> dict[str, Any]:
-        """How the rows since the last account were scored, and at what cost. A collective."""
-        if self.scorer is None:
-            return {"strategy": "plain", "passes_per_row": 1.0, "time_multiple": 1.0}
-        return self.scorer.account()
-
-
-def _load_trained(job: Job) -> Trained:
-    found = _find_trained(job)
-    model = build_sharded(job.config, found.stage, found.statistics, job.runtime)
-    stages.load_checkpoint(job.config, found.checkpoints, found.checkpoint, found.statistics, model)
-    scorer = open_scorer(job.config, found.statistics, model, job.runtime)
-    return Trained(job.config, job.runtime, found.stage, found.checkpoint, model, found.statistics, scorer)
-
-
-@dataclass(frozen=True)
-class Found:
-    """A trained stage's checkpoint, which nothing was loaded of yet."""
-
-    stage: Stage
-    directory: Path
-    """Of the stage."""
-    statistics: Statistics
-    checkpoints: Checkpoints
-    checkpoint: CheckpointInfo
-
-
-def _find_trained(job: Job) -> Found:
+def _choose(job: Job) -> Choice:
     """The checkpoint that the command line asks for. A collective."""
-    config, runtime = job.config, job.runtime
-    stage = job.stage or _first_trained(config)
-    statistics = stages.prepare_data(config, runtime)
-    checkpoints = stages.open_checkpoints(config, stage, statistics, runtime)
-    if job.checkpoint:
-        chosen: CheckpointInfo | None = checkpoints.check(job.checkpoint)
-    else:  # fine-tuning goes on from the newest of pre-training
-        chosen = checkpoints.latest() if stage == "pretrain" else checkpoints.best()
-    if chosen is None:
-        raise ConfigError(
-            f"{checkpoints.store.location} holds no checkpoint; train that stage first: `hetegen {stage}`"
-        )
-    return Found(stage, config.stage_dir(stage), statistics, checkpoints, chosen)
+    return choose(job.config, job.runtime, job.stage, job.checkpoint)
 
 
-def _export(job: Job, found: Found, target: Path) -> None:
-    config, statistics, runtime = job.config, found.statistics, job.runtime
+def _export(choice: Choice, target: Path) -> None:
+    config, statistics, runtime = choice.config, choice.statistics, choice.runtime
 
     def open_rows(split: Split) -> Reader:
         return open_split(config, split, statistics, runtime)
@@ -363,31 +232,22 @@ def _export(job: Job, found: Found, target: Path) -> None:
     from hetegen_rec.export.package import Exporter
 
     shapes = table_shapes(config.features, statistics, config.model.dim)
-    found.checkpoints.check_tables(
-        found.checkpoint, {shape.name: (shape.num_rows, shape.dim) for shape in shapes}
+    choice.checkpoints.check_tables(
+        choice.checkpoint, {shape.name: (shape.num_rows, shape.dim) for shape in shapes}
     )
-    exporter = Exporter(config, found.stage, found.checkpoint, statistics, runtime, open_rows)
+    exporter = Exporter(config, choice.stage, choice.checkpoint, statistics, runtime, open_rows)
     terminal.results().print(artifact_table(exporter.write(target)))
 
 
-def _export_delta(job: Job, found: Found, base: Artifact, target: Path) -> None:
+def _export_delta(choice: Choice, base: Artifact, target: Path) -> None:
     """Exports everything beside the target, past the gate, and keeps what differs."""
     whole = target.with_name(f".{target.name}.whole")
     try:
-        _export(job, found, whole)
+        _export(choice, whole)
         delta = write_delta(base, open_artifact(whole, verify=False), target)
     finally:
         shutil.rmtree(whole, ignore_errors=True)
     terminal.results().print(delta_table(delta))
-
-
-def _first_trained(config: RunConfig) -> Stage:
-    for stage in CLICK_STAGES:
-        if config.stage_dir(stage).exists():
-            return stage
-    raise ConfigError(
-        f"{config.run_dir} holds no trained click stage; run `finetune`, `joint` or `scratch` first"
-    )
 
 
 def _refuse_filled(directory: Path) -> None:
