@@ -46,7 +46,7 @@ def require_parity(found: Mapping[str, Any], config: ExportConfig, backend: str)
         backend: for the error.
 
     Raises:
-        ParityError: they are beyond it, or not finite.
+        ParityError: they are beyond it, not finite, or rounded and of rows without an AUC.
     """
     if not math.isfinite(found["greatest_difference"]):
         raise ParityError(
@@ -64,7 +64,11 @@ def require_parity(found: Mapping[str, Any], config: ExportConfig, backend: str)
         return
     before, after = found["auc_of_training_model"], found["auc"]
     if before is None or after is None:
-        return  # rows of one label have no AUC
+        raise ParityError(
+            f"back end {backend}: the first {found['rows']:,} validation rows all have the same label, so no "
+            "AUC says what rounding costs; nothing was published. Raise `export.parity_rows`, or take "
+            "`export.tables: fp32` and `export.dense: fp32`"
+        )
     limit = _MOST_AUC_LOSS[config.tables]
     if before - after > limit:
         raise ParityError(

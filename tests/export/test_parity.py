@@ -36,3 +36,10 @@ def test_scores_that_are_no_numbers_are_refused(tables, value):
     scores[1] = value  # of the second of two clicks, so that infinity changes no order
     with pytest.raises(ParityError, match="not all finite"):
         require(scores, tables=tables)
+
+
+def test_rounded_scores_of_one_label_are_refused_as_nothing_judges_them():
+    found = compare(REFERENCE, REFERENCE, np.zeros(4))
+    require_parity(found, ExportConfig(), "aten")
+    with pytest.raises(ParityError, match=r"first 4 validation rows all have the same label.*parity_rows"):
+        require_parity(found, ExportConfig(tables="int8"), "aten")
