@@ -82,7 +82,13 @@ def ddp(
         if arguments[:1] == ["--"]:
             arguments.pop(0)
     env = {**_SIGNALS, **_NEW_STORE, _MAX_RESTARTS: str(max_restarts), **(env or {})}
-    if dist.parse_nnodes(j)[2] > 1:
+    try:
+        processes_per_host = dist.parse_nnodes(j)[2]
+    except ValueError as error:
+        raise ComponentValidationException(
+            f"-j {j}: no number of hosts and processes; give HOSTSxPROCESSES, as in `-j 2x8`"
+        ) from error
+    if processes_per_host > 1:
         # The value that torchrun would choose itself, without its warning on every host.
         env.setdefault("OMP_NUM_THREADS", "1")
     return dist.ddp(

@@ -72,6 +72,12 @@ def test_missing_script_is_a_clear_error():
         build("-j", "1x2")
 
 
+@pytest.mark.parametrize("j", ["2by8", "x8", ""])
+def test_malformed_size_of_the_job_is_a_clear_error(j):
+    with pytest.raises(ComponentValidationException, match=f"-j {j}: no number of hosts and processes"):
+        components.ddp("launch/pretrain.py", j=j)
+
+
 def test_one_host_leaves_the_port_to_torchrun():
     assert "--rdzv_endpoint localhost:0" in command(build("-j", "1x2", "job.py"))
 
