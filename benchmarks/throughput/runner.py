@@ -159,7 +159,8 @@ def interleave(
     warm_rounds: int,
     between: Callable[[], None] = lambda: None,
 ) -> dict[str, list[Turn]]:
-    """The turns of all variants, A B C A B C ..., so that what the machine does else hits all alike.
+    """The turns of all variants, A B C, B C A, C A B ..., so that what the machine does else hits all alike,
+    and none gains by its place in a round.
 
     Args:
         turns_of: by variant, what carries out one turn.
@@ -171,9 +172,11 @@ def interleave(
         for turn in turns_of.values():
             turn()
     turns: dict[str, list[Turn]] = {name: [] for name in turns_of}
+    names = list(turns_of)
     for _ in range(repeats):
-        for name, turn in turns_of.items():
-            turns[name].append(turn())
+        for name in names:
+            turns[name].append(turns_of[name]())
+        names = [*names[1:], names[0]]
         between()
     return turns
 
