@@ -111,8 +111,8 @@ class FieldEncoder:
         if "none" not in (expected, found.value_type) and expected != found.value_type:
             raise BadRowsError(
                 f"{where}: column {field.column!r} of {field.kind} field {field.name!r} holds "
-                f"{found.value_type} values, but the training rows hold {expected} values; "
-                "write all shards with one type"
+                f"{found.value_type} values, but the training rows hold {expected} values; give it values of "
+                "that type"
             )
 
 
