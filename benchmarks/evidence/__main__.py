@@ -36,20 +36,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         plan = Plan(load_grid(options.grid), options.out, options.data_root)
-        if not options.page_only:
+        if options.records or not options.page_only:
             with directory_lock(options.out):
-                _run_all(plan, options)
+                ledger = _take_over(options)
+                if not options.page_only:
+                    _run_all(plan, ledger, options)
         return _write(plan, options)
     except (ConfigError, LockedError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def _run_all(plan: Plan, options: argparse.Namespace) -> None:
-    """Prepares the data, then does every run that is left, until done or stopped."""
-    ledger, workers, cores = Ledger(options.out), Workers(), _cores(options.jobs)
+def _take_over(options: argparse.Namespace) -> Ledger:
+    """The records of `--out`, with the finished runs of `--records`."""
+    ledger = Ledger(options.out)
     for path in options.records:
         _say(f"{_adopt(ledger, path)} finished runs taken over from {path}")
+    return ledger
+
+
+def _run_all(plan: Plan, ledger: Ledger, options: argparse.Namespace) -> None:
+    """Prepares the data, then does every run that is left, until done or stopped."""
+    workers, cores = Workers(), _cores(options.jobs)
     left = plan.num_left(ledger.done)
     for name, place in plan.missing.items():
         _say(f"{name} is left out: {place} is not there")

@@ -260,6 +260,13 @@ def test_the_command_goes_on_until_all_is_done_and_then_does_nothing(tmp_path, s
     assert not stand_in.calls()
     assert "0 of 4 runs left" in capsys.readouterr().out
 
+    elsewhere = tmp_path / "elsewhere"
+    records = str(tmp_path / "out" / FILE_NAME)
+    page_of_records = [command[0], "--out", str(elsewhere), "--records", records, "--page-only"]
+    assert evidence.main(page_of_records) == 0
+    assert not stand_in.calls()
+    assert "| From scratch | **0.6100 ± 0.0071** |" in (elsewhere / "evidence.md").read_text()
+
 
 def test_real_models_are_trained_scored_in_two_ways_and_compared(tmp_path, capfd):
     one = {**grid_values(tmp_path)["data_sets"]["ads"], "search": {"only": {}}}
