@@ -35,11 +35,10 @@ from benchmarks.chaos.records import (
     read_kills,
     write_passes,
 )
-from hetegen_rec import jobs
 from hetegen_rec.cli import main as hetegen
 from hetegen_rec.launching.relaunch import relaunch
 from hetegen_rec.models.network import Outputs
-from hetegen_rec.training import stages, trainer
+from hetegen_rec.training import stages, trained, trainer
 from hetegen_rec.training.checkpoint import METADATA, Checkpoints
 from hetegen_rec.training.checkpoint_store import Store, _DigestingStream
 from hetegen_rec.training.logs import RunLog
@@ -124,9 +123,9 @@ def put_probes(fate: Fate) -> None:
     _put(Trainer, "_between_batches", before=at("evaluation"))
     _put(trainer, "measure", before=at("evaluation"))
     _put(stages, "end_attempt", before=at("finish"))
-    _put(jobs, "score_rows", before=at("finish"))
-    _put(jobs, "write_predictions", before=at("finish"))
-    _put(jobs, "write_evaluation", before=at("finish"))
+    _put(trained, "score_rows", before=at("finish"))
+    _put(trained, "write_predictions", before=at("finish"))
+    _put(trained, "write_evaluation", before=at("finish"))
     _put(Checkpoints, "latest", before=at("start-up"))
     _put(Checkpoints, "load", before=at("start-up"))
     _put(RunLog, "__init__", before=at("start-up"))
