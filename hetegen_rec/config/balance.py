@@ -24,7 +24,7 @@ BalanceForm: TypeAlias = Literal[
 class BalanceConfig(Section):
     """How the per-field reconstruction losses are weighted (docs/method.md section 5)."""
 
-    form: BalanceForm = "difficulty"
+    form: BalanceForm = "learnable"
     exponent: float = 1.0
     """`difficulty` and `conditional`: g in w_f ~ exp(g s_f); `gradnorm`: its alpha."""
     learning_rate: float = Field(0.05, gt=0.0, lt=1.0)

@@ -43,7 +43,7 @@ def run_config(**sections: Any) -> RunConfig:
             {"model": {"balance": {"form": "informative", "exponent": -1.0}}},
             "model.balance: `exponent: -1.0` has no effect with `form: informative`",
         ),
-        ({"model": {"balance": {"noise_bins": 8}}}, "`noise_bins: 8` has no effect with `form: difficulty`"),
+        ({"model": {"balance": {"noise_bins": 8}}}, "`noise_bins: 8` has no effect with `form: learnable`"),
         ({"model": {"noise": {"marginal_fraction": 0.5}}}, "no effect with `kind: mask`"),
         (
             {"data": {"source": {"name": "movielens-100k", "rows": 5}, "raw_dir": "raw"}},

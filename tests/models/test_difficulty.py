@@ -39,7 +39,9 @@ losses_strategy = st.lists(st.floats(0.01, 5.0), min_size=2, max_size=6)
 
 @given(losses_strategy)
 def test_equilibrium_is_log_of_the_relative_loss(values):
-    difficulty = calibrate(make_difficulty(len(values), BalanceConfig()), field_losses(values))
+    difficulty = calibrate(
+        make_difficulty(len(values), BalanceConfig(form="difficulty")), field_losses(values)
+    )
     expected = torch.log(torch.tensor(values) + 1e-3)
     torch.testing.assert_close(difficulty.difficulty[:, 0].detach(), expected, atol=1e-3, rtol=1e-3)
 
@@ -47,7 +49,7 @@ def test_equilibrium_is_log_of_the_relative_loss(values):
 @given(losses_strategy)
 def test_frozen_network_lyapunov_function_only_falls(values):
     losses = field_losses(values)
-    difficulty = make_difficulty(len(values), BalanceConfig())
+    difficulty = make_difficulty(len(values), BalanceConfig(form="difficulty"))
     optimizer = torch.optim.SGD(difficulty.parameters(), lr=0.05)
     target = torch.log(losses.relative)
     before = math.inf
@@ -96,7 +98,7 @@ def test_conditional_keeps_the_budget_where_targets_are_as_noise_makes_them():
 
 @given(losses_strategy, st.floats(0.1, 10.0))
 def test_weights_do_not_change_when_all_losses_are_scaled(values, scale):
-    plain, scaled = (make_difficulty(len(values), BalanceConfig()) for _ in range(2))
+    plain, scaled = (make_difficulty(len(values), BalanceConfig(form="difficulty")) for _ in range(2))
     with torch.no_grad():
         plain.difficulty.copy_(torch.log(torch.tensor(values))[:, None])
         scaled.difficulty.copy_(torch.log(torch.tensor(values) * scale)[:, None])
@@ -105,19 +107,23 @@ def test_weights_do_not_change_when_all_losses_are_scaled(values, scale):
 
 @pytest.mark.parametrize(("exponent", "sign"), [(1.0, 1), (-1.0, -1), (0.0, 0)])
 def test_exponent_gives_the_direction_of_the_weights(exponent, sign):
-    config = BalanceConfig(exponent=exponent)
+    config = BalanceConfig(form="difficulty", exponent=exponent)
     easy_hard = calibrate(make_difficulty(2, config), field_losses([0.2, 0.8])).weights()[:, 0]
     assert torch.sign((easy_hard[1] - easy_hard[0]).round(decimals=4)).item() == sign
 
 
 def test_weights_are_the_relative_losses_over_their_mean_for_exponent_one():
-    weights = calibrate(make_difficulty(3, BalanceConfig()), field_losses([0.2, 0.8, 0.5])).weights()
+    weights = calibrate(
+        make_difficulty(3, BalanceConfig(form="difficulty")), field_losses([0.2, 0.8, 0.5])
+    ).weights()
     torch.testing.assert_close(weights[:, 0], torch.tensor([0.4, 1.6, 1.0]), atol=0.01, rtol=0.01)
 
 
 def test_a_solved_field_loses_its_weight_smoothly():
     weights = [
-        calibrate(make_difficulty(2, BalanceConfig()), field_losses([loss, 1.0])).weights()[0].item()
+        calibrate(make_difficulty(2, BalanceConfig(form="difficulty")), field_losses([loss, 1.0]))
+        .weights()[0]
+        .item()
         for loss in (0.1, 0.01, 0.0)
     ]
     assert weights[0] > weights[1] > weights[2]
@@ -174,7 +180,7 @@ def test_learnable_asks_for_a_margin_that_is_no_chance():
 
 def test_learnable_is_difficulty_until_a_field_has_shown_something():
     difficulty = learnable_after([2.0, 1.5], [1.9, 1.4])
-    plain = make_difficulty(2, BalanceConfig())
+    plain = make_difficulty(2, BalanceConfig(form="difficulty"))
     plain.load_state_dict({"difficulty": difficulty.scalars})
     torch.testing.assert_close(difficulty.weights(), plain.weights())
     start = make_difficulty(2, BalanceConfig(form="learnable"))
@@ -247,13 +253,13 @@ def test_conditional_tells_noise_levels_apart():
 
 def test_a_field_without_targets_keeps_its_difficulty():
     losses = field_losses([0.5, 0.0], share=[[1.0], [0.0]])
-    difficulty = calibrate(make_difficulty(2, BalanceConfig()), losses, 50)
+    difficulty = calibrate(make_difficulty(2, BalanceConfig(form="difficulty")), losses, 50)
     assert difficulty.difficulty[1].item() == 0.0
     assert difficulty.difficulty[0].item() < -0.1
 
 
 def test_gain_is_one_at_the_start_and_the_root_of_the_weight_later():
-    difficulty = make_difficulty(2, BalanceConfig())
+    difficulty = make_difficulty(2, BalanceConfig(form="difficulty"))
     torch.testing.assert_close(difficulty.gain(), torch.ones(2))
     calibrate(difficulty, field_losses([0.2, 0.8]))
     torch.testing.assert_close(difficulty.gain().square(), difficulty.weights()[:, 0])
