@@ -20,7 +20,7 @@ from hetegen_rec.config.run import RunConfig, Stage
 from hetegen_rec.distributed.runtime import start_runtime
 from hetegen_rec.distributed.sharding import table_weights
 from hetegen_rec.evaluation.results import read_evaluation
-from hetegen_rec.training import stages
+from hetegen_rec.training import stages, trained
 from hetegen_rec.training.setup import ShardedModel, build_sharded
 from hetegen_rec.training.trainer import Trainer
 
@@ -114,7 +114,7 @@ def test_a_model_is_gone_with_its_tables_before_the_next_one_is_built(directory,
         built.append(weakref.ref(model.dmp.module))
         return model
 
-    for module in (stages, jobs):
+    for module in (stages, trained):
         monkeypatch.setattr(module, "build_sharded", build)
     assert run("demo", directory, f"run_dir={tmp_path / 'run'}", "train.max_steps=2") == 0
     assert len(built) == 6  # three stages, each trained and evaluated
