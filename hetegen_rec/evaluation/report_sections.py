@@ -92,7 +92,7 @@ def _headline(
     tiles = _tiles(stage, results) if stage else ""
     tables = [_metrics_table(split, results)]
     if comparisons:
-        tables.append(_comparison_table(split, comparisons))
+        tables.append(_comparison_table(comparisons))
     valid = {name: found for name, one in record.stages.items() if (found := one.result("valid")) is not None}
     if split != "valid" and valid:
         tables.append(_metrics_table("valid", valid))
@@ -149,13 +149,15 @@ def _metric_cell(metric: Metric, stage: str, results: Mapping[str, dict[str, Any
     return f'<td class="best">{text}</td>' if is_best else f"<td>{text}</td>"
 
 
-def _comparison_table(split: str, comparisons: Mapping[str, Comparison]) -> str:
+def _comparison_table(comparisons: Mapping[str, Comparison]) -> str:
     rows = []
     for stage, one in comparisons.items():
         difference = number(one.auc_difference, sign=True)
         cells = (difference, interval_text(one), percent(one.relative_improvement))
-        rows.append(f"<tr>{_stage_cell(stage)}{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
-    heading = ["Against from scratch on " + split, "AUC difference", "95 % interval", "relative improvement"]
+        rows.append(f"<tr>{_stage_cell(stage, one.note)}{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
+    first = next(iter(comparisons.values()))
+    against = f"Against from scratch{first.base_note} on {first.split}"
+    heading = [against, "AUC difference", "95 % interval", "relative improvement"]
     return _table(heading, rows)
 
 

@@ -137,6 +137,10 @@ class Comparison:
     interval: Interval | None
     """Of the AUC difference; None unless both stages left the predictions that were evaluated, of the same
     rows."""
+    note: str = ""
+    """Strategy and cost of the stage's scores, as `strategy_note` has them."""
+    base_note: str = ""
+    """Those of from-scratch."""
 
 
 def compare_with_scratch(
@@ -155,6 +159,8 @@ def compare_with_scratch(
             value - base,
             relative_improvement(value, base),
             _interval(run_dir, split, {stage: value, BASE_STAGE: base}),
+            note=strategy_note(evaluations[stage]["splits"][split]),
+            base_note=strategy_note(evaluations[BASE_STAGE]["splits"][split]),
         )
     return comparisons
 

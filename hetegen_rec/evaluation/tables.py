@@ -143,13 +143,14 @@ def slices_of(results: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]
 
 def comparison_table(comparisons: Mapping[str, Comparison]) -> Table:
     """One line a stage: how it stands against from-scratch."""
-    split = next(iter(comparisons.values())).split
-    table = Table(title=f"Against from-scratch on {split}", title_justify="left")
+    first = next(iter(comparisons.values()))
+    title = f"Against from-scratch{first.base_note} on {first.split}"
+    table = Table(title=title, title_justify="left")
     table.add_column("stage")
     for heading in ("AUC difference", "95 % interval", "relative improvement"):
         table.add_column(heading, justify="right")
     for stage, comparison in comparisons.items():
         difference = number(comparison.auc_difference, sign=True)
         improvement = percent(comparison.relative_improvement)
-        table.add_row(STAGE_TITLES[stage], difference, interval_text(comparison), improvement)
+        table.add_row(STAGE_TITLES[stage] + comparison.note, difference, interval_text(comparison), improvement)
     return table

@@ -218,7 +218,19 @@ def test_tables_name_a_strategy_and_its_cost_but_not_plain_scoring(tmp_path):
         (tmp_path / stage / "evaluation.json").write_text(json.dumps(content))
     text = printed(tmp_path)
     assert "finetune (symmetric, 3.00 passes)" in text
+    assert f"{results.STAGE_TITLES['finetune']} (symmetric, 3.00 passes)" in text
+    assert "Against from-scratch on test" in text
     assert "plain" not in text
+
+
+def test_a_comparison_names_the_strategy_of_from_scratch(tmp_path):
+    for stage in ("finetune", "scratch"):
+        write_stage(tmp_path, stage, 0.5)
+    path = tmp_path / "scratch" / "evaluation.json"
+    content = json.loads(path.read_text())
+    content["splits"]["test"]["inference"] = {"strategy": "uncertainty", "passes_per_row": 2.5}
+    path.write_text(json.dumps(content))
+    assert "Against from-scratch (uncertainty, 2.50 passes) on test" in printed(tmp_path)
 
 
 def test_results_are_about_valid_if_there_is_no_test_split(tmp_path):
