@@ -92,11 +92,11 @@ class Log:
         """Of click training, the same for both sides: more where they are short. Early stopping ends it."""
         return math.ceil(self.data.epochs.total / math.sqrt(share))
 
-    def words(self, stage: Stage, settings: Overrides) -> list[str]:
-        """What `hetegen` is told after a stage's name; `settings` hold before those of the grid."""
+    def words(self, click_stage: Stage, settings: Overrides) -> list[str]:
+        """What `hetegen` is told after a verb; `settings` hold before those of the grid."""
         splits = {f"data.{split}": f"{self.files / split}/*.parquet" for split in ("train", "valid", "test")}
         found = {"data.source": None, **splits, **self.common, **self.data.overrides, **_MODEL, **settings}
-        return ["--config", self.data.config, *as_arguments(found, stage)]
+        return ["--config", self.data.config, *as_arguments(found, click_stage)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -105,6 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data-root", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--grid", type=Path, default=GRID, help="data sets, epochs and settings")
     parser.add_argument("--data-sets", nargs="+", metavar="NAME", help="default: all of the grid with files")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.01, 0.03, 0.1], metavar="SHARE")
     parser.add_argument("--seeds", type=int, default=5)
@@ -114,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     logs = [
         Log(name, data, options.data_root / data.files, grid.overrides, options.shares, options.runs / name)
-        for grid in [load_grid(GRID)]
+        for grid in [load_grid(options.grid)]
         for name, data in grid.data_sets.items()
         if data.files is not None and name in (options.data_sets or grid.data_sets)
     ]
@@ -142,7 +143,7 @@ def _follow(workers: Workers, core: int, jobs: Sequence[tuple[Log, int]]) -> Non
 
 def prepare(log: Log) -> None:
     """Encodes all rows of a log."""
-    _run("prepare", log.words("pretrain", {"data.prepared_dir": str(log.prepared)}))
+    _run("prepare", log.words("finetune", {"data.prepared_dir": str(log.prepared)}))
 
 
 def train(log: Log, seed: int) -> None:
@@ -150,7 +151,7 @@ def train(log: Log, seed: int) -> None:
     pretrained = log.out / f"seed-{seed}" / "all"
     settings = {"seed": seed, "run_dir": str(pretrained), "data.prepared_dir": str(log.prepared)}
     epochs = {"stages.pretrain.epochs": log.data.epochs.pretrain}
-    _run("pretrain", log.words("pretrain", {**settings, **epochs}), "--no-report")
+    _run("pretrain", log.words("finetune", {**settings, **epochs}), "--no-report")
     for share in log.shares:
         write_share(log, share, seed)
         for side in (*PRETRAINED, *FROM_SCRATCH):
