@@ -150,7 +150,8 @@ def comparison_table(comparisons: Mapping[str, Comparison]) -> Table:
     for heading in ("AUC difference", "95 % interval", "relative improvement"):
         table.add_column(heading, justify="right")
     for stage, comparison in comparisons.items():
+        title = STAGE_TITLES[stage] + comparison.note
         difference = number(comparison.auc_difference, sign=True)
         improvement = percent(comparison.relative_improvement)
-        table.add_row(STAGE_TITLES[stage] + comparison.note, difference, interval_text(comparison), improvement)
+        table.add_row(title, difference, interval_text(comparison), improvement)
     return table
