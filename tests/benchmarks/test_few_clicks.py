@@ -70,7 +70,7 @@ def test_each_side_has_what_is_best_on_valid_over_all_seeds(log):
         evaluated(log, seed, 0.05, pretrained, "light", 0.7, 0.72 + 0.0102 * seed)
     lines = list(few_clicks.report([log], seeds=2))
     assert lines[-2] == (
-        "| ads | 5 % | 120 | 0.7050 ± 0.0071 | 0.7251 ± 0.0071 | +0.0201 | **0.003** "
+        "| ads | 5 % | 120 | 0.7050 ± 0.0071 | 0.7251 ± 0.0072 | +0.0201 | **0.003** "
         "| scratch_own, stronger / finetune, light |"
     )
     assert "| +0.0000 |" in lines[-1]
