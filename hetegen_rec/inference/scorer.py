@@ -37,13 +37,13 @@ class Cost:
     def over_ranks(self, runtime: Runtime) -> dict[str, float]:
         """Mean passes of a row and seconds as a multiple of plain scoring, of all ranks. A collective."""
         # The first batch pays for what is set up once, unless there is no other.
-        timed = self.times[1:] or self.times
-        seconds, plain = (sum(both[i] for both in timed) for i in range(2))
+        seconds, plain = (sum(column) for column in zip(*(self.times[1:] or self.times), strict=True))
         shares = runtime.gather((self.rows, self.passes, seconds, plain))
         rows, passes, seconds, plain = (sum(column) for column in zip(*shares, strict=True))
-        if not rows:
-            return {"passes_per_row": 1.0, "time_multiple": 1.0}
-        return {"passes_per_row": round(passes / rows, 4), "time_multiple": round(seconds / plain, 2)}
+        return {
+            "passes_per_row": round(passes / max(rows, 1), 4),
+            "time_multiple": round(seconds / plain, 2),
+        }
 
 
 class Scorer:
