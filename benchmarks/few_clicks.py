@@ -1,6 +1,6 @@
 """What pre-training is worth where few rows tell whether there was a click.
 
-    python -m benchmarks.few_clicks --seeds 5 --out benchmarks/results/few_clicks.md
+    python -m benchmarks.few_clicks --out benchmarks/results/few_clicks.md
 
 All training rows of a log are there to pre-train on, without their label; a share of them, drawn at random,
 has one and trains DeepFM: on the pre-trained tables, or from scratch. Data sets and settings are those of
@@ -23,8 +23,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
+from benchmarks.evidence.cells import spread_text
 from benchmarks.evidence.comparing import LEVEL, paired_p_value, spread_of
 from benchmarks.evidence.grid import DataSet, Overrides, as_arguments, load_grid
+from benchmarks.evidence.places import Places
+from benchmarks.evidence.verbs import do_verb
 from benchmarks.evidence.workers import RunError, Workers
 from benchmarks.machine import commit, machine
 from hetegen_rec.cli import main as hetegen
@@ -34,10 +37,8 @@ from hetegen_rec.evaluation.results import read_evaluation
 GRID = Path(__file__).with_name("evidence.yaml")
 _WIDTH = 115
 _MODEL: Overrides = {"model.backbone.name": "deepfm", "model.noise.label_in_set": False}
-_FEW: Overrides = {
-    "train.batch_size": 128,
-    "train.evaluations_per_epoch": 1,
-}  # larger batches would be few steps
+# Larger batches would be few steps.
+_FEW: Overrides = {"train.batch_size": 128, "train.evaluations_per_epoch": 1}
 _STRONGER = 10.0  # few rows want more L2 than the grid's settings have
 
 
@@ -56,13 +57,21 @@ FROM_SCRATCH = (Side("scratch", "scratch", keeps_ids=True), Side("scratch_own", 
 
 
 @dataclass(frozen=True)
+class Told:
+    """What `hetegen` is told after a verb."""
+
+    config_path: str
+    overrides: Sequence[str]
+
+
+@dataclass(frozen=True)
 class Log:
     """A data set and what is asked about it."""
 
     name: str
     data: DataSet
-    files: Path
-    """Has train/, valid/ and test/."""
+    places: Overrides
+    """Where its files are, and all rows encoded."""
     common: Overrides
     """Of all runs."""
     shares: Sequence[float]
@@ -74,11 +83,6 @@ class Log:
         strongest = max(self.data.search.values(), key=lambda one: float(one["click.table_l2"]))
         stronger = {**strongest, "click.table_l2": _STRONGER * float(strongest["click.table_l2"])}
         return {**self.data.search, "stronger": stronger}
-
-    @property
-    def prepared(self) -> Path:
-        """All rows, encoded."""
-        return self.out / "prepared"
 
     def rows(self, seed: int, share: float) -> Path:
         """The file of the labelled rows."""
@@ -92,11 +96,10 @@ class Log:
         """Of click training, the same for both sides: more where they are short. Early stopping ends it."""
         return math.ceil(self.data.epochs.total / math.sqrt(share))
 
-    def words(self, click_stage: Stage, settings: Overrides) -> list[str]:
-        """What `hetegen` is told after a verb; `settings` hold before those of the grid."""
-        splits = {f"data.{split}": f"{self.files / split}/*.parquet" for split in ("train", "valid", "test")}
-        found = {"data.source": None, **splits, **self.common, **self.data.overrides, **_MODEL, **settings}
-        return ["--config", self.data.config, *as_arguments(found, click_stage)]
+    def told(self, click_stage: Stage, settings: Overrides) -> Told:
+        """The configuration and its overrides; `settings` hold before those of the grid."""
+        found = {**self.places, **self.common, **self.data.overrides, **_MODEL, **settings}
+        return Told(self.data.config, as_arguments(found, click_stage))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -107,17 +110,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data-root", type=Path, default=Path("../shared/data"))
     parser.add_argument("--grid", type=Path, default=GRID, help="data sets, epochs and settings")
     parser.add_argument("--data-sets", nargs="+", metavar="NAME", help="default: all of the grid with files")
-    parser.add_argument("--shares", type=float, nargs="+", default=[0.01, 0.03, 0.1], metavar="SHARE")
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.01, 0.1], metavar="SHARE")
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--cores", type=int, default=2, help="runs side by side")
     parser.add_argument("--runs", type=Path, default=Path("runs/few_clicks"), help="where the runs go")
     parser.add_argument("--out", type=Path, help="file for the table")
     options = parser.parse_args(arguments)
+    grid = load_grid(options.grid)
+    places = Places(grid, options.runs, options.data_root)
+    there = [name for name, one in grid.data_sets.items() if one.files and name not in places.missing]
+    chosen = options.data_sets or there
+    if not chosen or not set(chosen) <= set(there):
+        parser.error(f"--data-sets: below {options.data_root} are: {', '.join(there) or 'none'}")
     logs = [
-        Log(name, data, options.data_root / data.files, grid.overrides, options.shares, options.runs / name)
-        for grid in [load_grid(options.grid)]
-        for name, data in grid.data_sets.items()
-        if data.files is not None and name in (options.data_sets or grid.data_sets)
+        Log(
+            name,
+            grid.data_sets[name],
+            places.data(name),
+            grid.overrides,
+            options.shares,
+            options.runs / name,
+        )
+        for name in chosen
     ]
     jobs = [(log, seed) for seed in range(options.seeds) for log in logs]
     workers = Workers()
@@ -143,21 +157,23 @@ def _follow(workers: Workers, core: int, jobs: Sequence[tuple[Log, int]]) -> Non
 
 def prepare(log: Log) -> None:
     """Encodes all rows of a log."""
-    _run("prepare", log.words("finetune", {"data.prepared_dir": str(log.prepared)}))
+    do_verb(hetegen, "prepare", log.told("finetune", {}))
 
 
 def train(log: Log, seed: int) -> None:
     """Pre-trains with one seed, and trains every click model that is compared."""
-    pretrained = log.out / f"seed-{seed}" / "all"
-    settings = {"seed": seed, "run_dir": str(pretrained), "data.prepared_dir": str(log.prepared)}
-    epochs = {"stages.pretrain.epochs": log.data.epochs.pretrain}
-    _run("pretrain", log.words("finetune", {**settings, **epochs}), "--no-report")
+    settings = {
+        "seed": seed,
+        "run_dir": str(_pretrained(log, seed)),
+        "stages.pretrain.epochs": log.data.epochs.pretrain,
+    }
+    do_verb(hetegen, "pretrain", log.told("finetune", settings), "--no-report")
     for share in log.shares:
         write_share(log, share, seed)
         for side in (*PRETRAINED, *FROM_SCRATCH):
             for option in log.options:
-                words = log.words(side.stage, settings_of(log, seed, share, side, option))
-                _run(side.stage, words, "--no-report")
+                told = log.told(side.stage, settings_of(log, seed, share, side, option))
+                do_verb(hetegen, side.stage, told, "--no-report")
 
 
 def settings_of(log: Log, seed: int, share: float, side: Side, option: str) -> Overrides:
@@ -173,9 +189,11 @@ def settings_of(log: Log, seed: int, share: float, side: Side, option: str) -> O
         "click.epochs": log.epochs(share),
     }
     if side.keeps_ids:
-        settings["data.keep_ids_of"] = str(log.prepared)
+        settings["data.keep_ids_of"] = log.places["data.prepared_dir"]
     if side.stage == "finetune":
-        settings["click.start_from"] = str(_newest(log.out / f"seed-{seed}" / "all"))
+        evaluation = read_evaluation(_pretrained(log, seed) / "pretrain")
+        assert evaluation is not None  # the end of pre-training writes it
+        settings["click.start_from"] = evaluation["checkpoint"]
     return settings
 
 
@@ -184,21 +202,15 @@ def write_share(log: Log, share: float, seed: int) -> None:
     target = log.rows(seed, share)
     if target.exists():
         return
-    rows = pq.read_table(sorted((log.files / "train").glob("*.parquet")))
+    rows = pq.read_table(sorted(Path(log.places["data.train"]).parent.glob("*.parquet")))
     order = np.random.default_rng(seed).permutation(rows.num_rows)
     target.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(rows.take(np.sort(order[: math.ceil(share * rows.num_rows)])), target)
 
 
-def _newest(pretrained: Path) -> Path:
-    found = (pretrained / "pretrain" / "checkpoints").glob("step-*")
-    return max(found, key=lambda path: int(path.name.removeprefix("step-")))
-
-
-def _run(verb: str, words: Sequence[str], *more: str) -> None:
-    code = hetegen([verb, *words, *more])
-    if code:
-        sys.exit(code)
+def _pretrained(log: Log, seed: int) -> Path:
+    """The run directory of pre-training."""
+    return log.out / f"seed-{seed}" / "all"
 
 
 @dataclass(frozen=True)
@@ -247,18 +259,13 @@ def report(logs: Sequence[Log], seeds: int) -> Iterator[str]:
                 log.name,
                 f"{100 * share:g} %",
                 f"{rows:,}",
-                _spread(theirs.test),
-                _spread(ours.test),
+                spread_text(spread_of(theirs.test)),
+                spread_text(spread_of(ours.test)),
                 f"{statistics.mean(differences):+.4f}",
                 "n/a" if p_value is None else f"**{p_value:.3f}**" if p_value < LEVEL else f"{p_value:.3f}",
                 f"{theirs.what} / {ours.what}",
             )
             yield f"| {' | '.join(cells)} |"
-
-
-def _spread(values: Sequence[float]) -> str:
-    spread = spread_of(values)
-    return "n/a" if spread is None else f"{spread.mean:.4f} ± {spread.deviation:.4f}"
 
 
 if __name__ == "__main__":

@@ -144,8 +144,8 @@ def slices_of(results: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]
 def comparison_table(comparisons: Mapping[str, Comparison]) -> Table:
     """One line a stage: how it stands against from-scratch."""
     first = next(iter(comparisons.values()))
-    title = f"Against from-scratch{first.base_note} on {first.split}"
-    table = Table(title=title, title_justify="left")
+    against = f"Against from-scratch{first.base_note} on {first.split}"
+    table = Table(title=against, title_justify="left")
     table.add_column("stage")
     for heading in ("AUC difference", "95 % interval", "relative improvement"):
         table.add_column(heading, justify="right")

@@ -7,6 +7,7 @@ from small_grid import grid_values
 
 from benchmarks import few_clicks
 from benchmarks.evidence.grid import load_grid
+from benchmarks.evidence.places import Places
 from hetegen_rec.cli import main as hetegen
 from hetegen_rec.evaluation.results import write_evaluation
 
@@ -30,8 +31,8 @@ def grid(tmp_path_factory):
 @pytest.fixture
 def log(grid, tmp_path):
     loaded = load_grid(grid)
-    data = loaded.data_sets["ads"]
-    return few_clicks.Log("ads", data, grid.parent / "raw", loaded.overrides, SHARES, tmp_path / "ads")
+    places = Places(loaded, tmp_path, grid.parent).data("ads")
+    return few_clicks.Log("ads", loaded.data_sets["ads"], places, loaded.overrides, SHARES, tmp_path / "ads")
 
 
 def evaluated(log, seed, share, side, option, valid, test):
@@ -100,3 +101,9 @@ def test_the_program_trains_every_side_on_its_rows(grid, tmp_path, capsys):
     pretrained = yaml.safe_load((runs / "all" / "pretrain" / "config.yaml").read_text(encoding="utf-8"))
     assert not pretrained["model"]["noise"]["label_in_set"]
     assert capsys.readouterr().out.startswith("# Pre-training where few rows are labelled")
+
+
+def test_a_data_set_that_is_not_there_is_named(grid, capsys):
+    with pytest.raises(SystemExit):
+        few_clicks.main(["--grid", str(grid), "--data-root", str(grid.parent), "--data-sets", "add"])
+    assert "are: ads" in capsys.readouterr().err
