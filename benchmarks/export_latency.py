@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.machine import machine
+from benchmarks.machine import how_made
 from hetegen_rec.config.export import Backend, DensePrecision, TablePrecision
 from hetegen_rec.config.loading import load_config
 from hetegen_rec.config.run import CLICK_STAGES, RunConfig, Stage
@@ -80,7 +80,8 @@ class Candidate:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exports, measures, and writes the table; returns an exit code."""
-    options = _options(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = _options(given)
     quiet_libraries()
     config = load_config(options.config, options.overrides)
     with start_runtime("cpu", 600) as runtime, TemporaryDirectory() as directory:
@@ -100,14 +101,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             calls = [(eager[num_rows], _eager(model.dmp, batch))]
             calls += [(one.seconds[num_rows], _scoring(one.scorer, ids)) for one in candidates]
             _measure(calls, options.repeats)
-        page = _page(candidates, eager, _encoding(config, candidates[0].scorer), info)
+        page = _page(candidates, eager, _encoding(config, candidates[0].scorer), info, given)
     print(page)
     if options.results is not None:
         options.results.write_text(page + "\n", encoding="utf-8")
     return 0
 
 
-def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="configs/movielens_100k.yaml")
     parser.add_argument("--stage", choices=CLICK_STAGES, default="finetune")
@@ -197,21 +198,21 @@ def _page(
     eager: dict[int, list[float]],
     encoding: dict[int, float],
     info: CheckpointInfo,
+    arguments: Sequence[str],
 ) -> str:
     columns = ["back end, tables, network", "tables", "graph", "load", "AUC", "greatest difference"]
     for rows in ROWS:
         columns += [f"{rows}: p50", "p99", "faster"]
     columns.append("rows/s at 512")
     first = candidates[0].manifest
-    commit = first.versions.get("commit", "unknown")
     made_of = f"{first.name}, {first.stage}, step {info.step}, checkpoint of {info.world_size} ranks"
     encoded = ", ".join(f"{1e3 * encoding[rows]:.2f} ms for {rows}" for rows in ROWS)
     return "\n".join(
         [
             "# Artifacts: size, load time and latency",
             "",
-            f"{made_of}. {machine()}, {torch.get_num_threads()} threads.",
-            f"Made by `python -m benchmarks.export_latency` at commit {commit}.",
+            f"{made_of}; {torch.get_num_threads()} threads.",
+            how_made("benchmarks.export_latency", arguments),
             "",
             _HOW,
             "",

@@ -29,7 +29,7 @@ from benchmarks.evidence.grid import DataSet, Overrides, as_arguments, load_grid
 from benchmarks.evidence.places import Places
 from benchmarks.evidence.verbs import do_verb
 from benchmarks.evidence.workers import RunError, Workers
-from benchmarks.machine import commit, machine
+from benchmarks.machine import how_made
 from hetegen_rec.cli import main as hetegen
 from hetegen_rec.config.run import Stage
 from hetegen_rec.evaluation.results import read_evaluation
@@ -115,7 +115,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cores", type=int, default=2, help="runs side by side")
     parser.add_argument("--runs", type=Path, default=Path("runs/few_clicks"), help="where the runs go")
     parser.add_argument("--out", type=Path, help="file for the table")
-    options = parser.parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = parser.parse_args(given)
     grid = load_grid(options.grid)
     places = Places(grid, options.runs, options.data_root)
     there = [name for name, one in grid.data_sets.items() if one.files and name not in places.missing]
@@ -143,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             list(pool.map(partial(_follow, workers), range(options.cores), by_core))
     except RunError as error:
         sys.exit(f"error: {error}")
-    lines = [*report(logs, options.seeds), "", f"At commit {commit()}, {machine()}."]
+    lines = [*report(logs, options.seeds), "", how_made("benchmarks.few_clicks", given)]
     print("\n".join(lines))
     if options.out is not None:
         options.out.write_text("\n".join(lines) + "\n", encoding="utf-8")

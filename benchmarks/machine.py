@@ -2,6 +2,9 @@
 
 import os
 import platform
+import shlex
+from collections.abc import Sequence
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,6 +22,17 @@ def machine() -> str:
 def commit() -> str:
     """The commit of the code, marked if files differ from it; `unknown` outside of a checkout."""
     return describe_checkout(digits=7) or "unknown"
+
+
+def how_made(program: str, arguments: Sequence[str]) -> str:
+    """A sentence for a page: the command that made it, with the commit, the day and the machine.
+
+    Args:
+        program: name of its module.
+        arguments: that it was started with.
+    """
+    command = shlex.join(["python", "-m", program, *arguments])
+    return f"`{command}` at commit {commit()}, {date.today()}, on {machine()}."
 
 
 def processor() -> str:

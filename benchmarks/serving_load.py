@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.machine import commit, machine
+from benchmarks.machine import how_made
 from hetegen_rec.config.schema import Schema
 from hetegen_rec.data.raw import column_keys, iter_tables, list_row_groups
 from hetegen_rec.files import replace_directory
@@ -84,7 +84,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         served = Path(shutil.copytree(options.artifact, Path(directory) / "artifact"))
         with _serving(served, options.server.split()) as (port, artifact):
             load = put_load(port, bodies, options.clients, options.seconds, served)
-    lines = [*report(load, options.clients), "", *_how_made(given, artifact)]
+    lines = [
+        *report(load, options.clients),
+        "",
+        f"Served: {artifact}.",
+        how_made("benchmarks.serving_load", given),
+    ]
     print("\n".join(lines))
     if options.out is not None:
         options.out.write_text("\n".join(["# Serving under load", "", *lines, ""]), encoding="utf-8")
@@ -239,15 +244,6 @@ def _rows(patterns: Sequence[str], schema: Schema, columns: list[str]) -> Iterat
         for group in list_row_groups(patterns):
             for table in iter_tables(group, schema, labelled=False):
                 yield from table.select(columns).to_pylist()
-
-
-def _how_made(arguments: Sequence[str], artifact: str) -> list[str]:
-    """The command, the commit and the machine."""
-    text = (
-        f"`python -m benchmarks.serving_load {' '.join(arguments)}` at commit {commit()}; "
-        f"served: {artifact}; on {machine()}."
-    )
-    return textwrap.wrap(text, _WIDTH, break_on_hyphens=False)
 
 
 if __name__ == "__main__":

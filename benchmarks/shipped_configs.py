@@ -1,4 +1,4 @@
-"""The README's table: shipped configurations over several seeds, fine-tuned against from-scratch.
+"""Shipped configurations over several seeds, fine-tuned against from-scratch.
 
     python -m benchmarks.shipped_configs configs/frappe.yaml configs/movielens_100k.yaml --seeds 3
 

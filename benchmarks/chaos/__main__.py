@@ -7,7 +7,6 @@ repeats one. The directories of trials that failed stay, and the exit code is 1 
 """
 
 import argparse
-import shlex
 import shutil
 import sys
 import time
@@ -52,7 +51,8 @@ OVERRIDES = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a campaign and writes its page; returns 1 if a trial failed."""
-    options = _parser().parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = _parser().parse_args(given)
     console = terminal.results()
     options.out.mkdir(parents=True, exist_ok=True)
     directory = Path(mkdtemp(prefix="chaos-", dir=options.out)).resolve()
@@ -71,7 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(_line(result), markup=False, highlight=False, soft_wrap=True)
         results.append(result)
     console.print(table(results))
-    options.results.write_text(page(results, _command(options), reference.steps), encoding="utf-8")
+    path = options.results or options.out / "chaos.md"
+    path.write_text(page(results, given, reference.steps), encoding="utf-8")
+    console.print(f"page: {path}")
     if any(result.verdict.problems for result in results):
         print(f"error: the failed trials are kept in {directory}", file=sys.stderr)
         return 1
@@ -99,12 +101,6 @@ def _line(result: Result) -> str:
     return f"trial {trial.index}: {kills}; {how}: {'; '.join(verdict.problems) or 'ok'}"
 
 
-def _command(options: argparse.Namespace) -> str:
-    first = ["--first", str(options.first)] if options.first else []
-    words = ["--trials", str(options.trials), *first, "--seed", str(options.seed), *options.overrides]
-    return shlex.join(["python", "-m", "benchmarks.chaos", *words])
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.chaos",
@@ -115,9 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--first", type=int, default=0, metavar="I", help="index of the first (default: 0)")
     parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn (default: 0)")
     parser.add_argument("--out", type=Path, default=Path("runs/chaos"), help="default: runs/chaos")
-    parser.add_argument(
-        "--results", type=Path, default=Path("benchmarks/results/chaos.md"), help="page to write"
-    )
+    parser.add_argument("--results", type=Path, help="page to write (default: OUT/chaos.md)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.pipeline=base")
     return parser
 

@@ -7,16 +7,14 @@ from rich.table import Table
 
 from benchmarks.chaos.plan import MOMENTS, VICTIMS, Trial
 from benchmarks.chaos.running import RANKS, Verdict
-from benchmarks.machine import machine
+from benchmarks.machine import how_made
 
 _COLUMNS = ("trials", *(f"kills {name}" for name in VICTIMS), "resumed", "bit-identical", "rows exactly once")
 
 _INTRODUCTION = """\
 # Killed trainings: resumed, bit-identical, every row once
 
-`{command}`
-
-{machine}.
+{how_made}
 
 Joint training ({steps} steps on {ranks} ranks, dropout and noise on, a checkpoint every few steps, two kept)
 is killed by SIGKILL when one rank comes to a moment, at a random occurrence of it. The kill takes this rank
@@ -58,16 +56,17 @@ def table(results: Sequence[Result]) -> Table:
     return shown
 
 
-def page(results: Sequence[Result], command: str, steps: int) -> str:
+def page(results: Sequence[Result], arguments: Sequence[str], steps: int) -> str:
     """Markdown with the same table.
 
     Args:
         results: of all trials.
-        command: that made them.
+        arguments: that the campaign was started with.
         steps: of the reference.
     """
+    made = how_made("benchmarks.chaos", arguments)
     lines = [
-        *_INTRODUCTION.format(command=command, machine=machine(), steps=steps, ranks=RANKS).splitlines(),
+        *_INTRODUCTION.format(how_made=made, steps=steps, ranks=RANKS).splitlines(),
         "",
         f"| moment | what it is | {' | '.join(_COLUMNS)} |",
         f"|---|---|{'---:|' * len(_COLUMNS)}",

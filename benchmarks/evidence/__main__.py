@@ -84,7 +84,8 @@ def _write(plan: Plan, options: argparse.Namespace) -> int:
     failed = {run: record for run, record in ledger.failed.items() if run in known}
     sections = list(sections_of(Summary(plan, ledger.done, options.out), failed, options.out))
     paths = write_page(options.out, _introduction(plan, ledger, options.grid), sections)
-    if options.results is not None and not plan.num_left(ledger.done):
+    is_whole = not plan.missing and not plan.num_left(ledger.done)
+    if options.results is not None and is_whole:
         options.results.write_text((options.out / MARKDOWN).read_text(encoding="utf-8"), encoding="utf-8")
     _say(f"page: {', '.join(map(str, paths))}")
     return 1 if failed else 0

@@ -73,8 +73,8 @@ def verdict(found: list[Match]) -> str:
     sliced = [match.data_set for match in found if match.gains_most_on]
     return (
         f"Of {len(found)} data sets ours is higher on {_named(higher)}, with p < 0.05 on {_named(sure)}; it "
-        f"is lower with p < 0.05 on {_named(lower)}. It gains more on a slice of little training data than "
-        f"overall on {_named(sliced)}."
+        f"is lower with p < 0.05 on {_named(lower)}. Where it is higher, it gains more on a slice of little "
+        f"training data than overall on {_named(sliced)}."
     )
 
 

@@ -48,9 +48,10 @@ class Generative:
 
     @property
     def is_uniform(self) -> bool:
-        """Whether every field had the same weight."""
-        balance = self.first.config.get("model", {}).get("balance", {})
-        return balance.get("form") == "uniform"
+        """Whether this is diffusion with the same weight for every field."""
+        model = self.first.config.get("model", {})
+        objective, balance = model.get("objective", {}), model.get("balance", {})
+        return objective.get("name") == "diffusion" and balance.get("form") == "uniform"
 
     def mean(self, field: str, measure: str) -> float | None:
         """A measure of a field's log, on average over training; None if it is not there."""

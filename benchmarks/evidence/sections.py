@@ -107,9 +107,9 @@ def _chosen_table(summary: Summary, candidates: Collection[str]) -> Table:
 
 
 def _rank_tables(summary: Summary, title: str, methods: Collection[str]) -> Iterator[Table]:
-    """One table, if the methods can be ranked."""
+    """One table, if there are methods to rank."""
     ranking = summary.ranking(methods)
-    if not ranking.means:
+    if len(ranking.means) < 2:
         return
     best = min(ranking.means.values())
     rows: list[Row] = [

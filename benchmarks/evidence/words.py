@@ -78,7 +78,7 @@ def contest(ours: str, baselines: str) -> str:
         f"On every data set the method with the best mean AUC on valid among “{ours}” meets that among "
         f"“{baselines}”. Differences are paired by seed; p: Student's t-test, corrected by Holm's "
         "method for the number of data sets. RI: (AUC - 0.5) / (the baseline's - 0.5) - 1. Bold: a gain on a "
-        "slice above the gain overall. Bootstrap: in how many seeds the 95 % interval of the difference over "
+        "slice above a gain overall. Bootstrap: in how many seeds the 95 % interval of the difference over "
         "resampled users or rows lies above or below zero."
     )
 
