@@ -15,6 +15,10 @@ class Alone:
         """Just this process's value."""
         return [value]
 
+    def broadcast(self, value: Any) -> Any:
+        """This process's value."""
+        return self.gather(value)[0]
+
     @contextmanager
     def together(self, what: str) -> Iterator[None]:
         """A failure is raised where it happens."""

@@ -127,12 +127,7 @@ def cut_periods(config: RunConfig, directory: Path, workers: Workers, progress: 
             "training over periods needs `features.timestamp`: the column with the time of a row; the schema "
             "names none"
         )
-    with workers.together("finding the raw files"):
-        files = find_files(config)
-        cut_from = _described(config, files)
-        known = _read_cut(directory, cut_from)
-    # Rank 0's view counts: files may appear while the ranks look.
-    known = workers.gather(known)[0]
+    files, cut_from, known = _find(config, directory, workers)
     if known is None:
         groups = list_groups(config, files, workers).groups
         cutting = _Cutting(config, groups, workers, progress)
@@ -151,12 +146,29 @@ def row_groups_in(patterns: Sequence[str], workers: Workers) -> list[RowGroup]:
     with workers.together("reading the cut files' footers"):
         if workers.rank == 0:
             found = list_row_groups(patterns)
-    groups: list[RowGroup] = workers.gather(found)[0]
+    groups: list[RowGroup] = workers.broadcast(found)
     return groups
 
 
 def _part_directory(directory: Path, number: int, part: Part) -> Path:
     return directory / f"period-{number:02d}" / part
+
+
+def _find(
+    config: RunConfig, directory: Path, workers: Workers
+) -> tuple[Files, dict[str, Any], tuple[Period, ...] | None]:
+    """The raw files, what they are told by, and the periods that lie there; as rank 0 sees them.
+
+    Files may appear while the ranks look.
+    """
+    found = None
+    with workers.together("finding the raw files"):
+        if workers.rank == 0:
+            files = find_files(config)
+            cut_from = _described(config, files)
+            found = files, cut_from, _read_cut(directory, cut_from)
+    of_rank_0: tuple[Files, dict[str, Any], tuple[Period, ...] | None] = workers.broadcast(found)
+    return of_rank_0
 
 
 def _described(config: RunConfig, files: Files) -> dict[str, Any]:

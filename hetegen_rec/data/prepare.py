@@ -85,10 +85,10 @@ def prepare(config: RunConfig, workers: Workers, progress: Progress = silent) ->
             what was prepared before stays.
     """
     files, fingerprints = _find_files(config, workers)
-    if not workers.gather(_is_current(config, fingerprints))[0]:
+    if not workers.broadcast(_is_current(config, fingerprints)):
         with _one_job(config, workers):
             # Another job may have prepared the same while this one waited.
-            if not workers.gather(_is_current(config, fingerprints))[0]:
+            if not workers.broadcast(_is_current(config, fingerprints)):
                 _prepare(config, workers, progress, files, fingerprints)
     if workers.rank == 0:
         _tell(config)
@@ -154,7 +154,7 @@ def _find_files(config: RunConfig, workers: Workers) -> tuple[Files, Fingerprint
             kept = KeptIds(config.data, config.features).described
             of_input = input_fingerprint(config.data, files, kept)
             found = files, (schema_fingerprint(config.features), of_input)
-    of_rank_0: tuple[Files, Fingerprints] = workers.gather(found)[0]
+    of_rank_0: tuple[Files, Fingerprints] = workers.broadcast(found)
     return of_rank_0
 
 
@@ -205,7 +205,7 @@ def _one_job(config: RunConfig, workers: Workers) -> Iterator[None]:
             with workers.together("locking data.prepared_dir"):
                 if workers.rank == 0:
                     locked_by = _try_lock(config, held)
-            if workers.gather(locked_by)[0] is None:
+            if workers.broadcast(locked_by) is None:
                 break
             if workers.rank == 0 and attempt % _TRIES_BETWEEN_LINES == 0:
                 logger.info("waiting for another job that prepares the same data: %s", locked_by)

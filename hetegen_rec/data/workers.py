@@ -20,6 +20,10 @@ class Workers(Protocol):
         """The values of all ranks, in order of rank, on every rank. A collective."""
         ...
 
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value, on every rank. A collective."""
+        ...
+
     def together(self, what: str) -> Any:
         """Context in which a failure of any rank is raised on every rank. A collective at its end."""
         ...

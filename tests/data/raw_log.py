@@ -41,6 +41,9 @@ class Threads:
         self._world.barrier.wait()
         return values
 
+    def broadcast(self, value: Any) -> Any:
+        return self.gather(value)[0]
+
     @contextmanager
     def together(self, what: str) -> Iterator[None]:
         failure: Exception | None = None

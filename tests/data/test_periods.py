@@ -16,6 +16,7 @@ from hetegen_rec.config.errors import ConfigError
 from hetegen_rec.config.run import RunConfig
 from hetegen_rec.data import periods
 from hetegen_rec.data.errors import DataError
+from hetegen_rec.data.listing import find_files
 from hetegen_rec.data.periods import Periods, cut_periods
 from hetegen_rec.data.raw import expand_paths
 
@@ -31,6 +32,19 @@ def cut(config: RunConfig, directory: Path, ranks: int = 1) -> Periods:
 def times_in(patterns: list[str]) -> list[int]:
     tables = [pq.read_table(path, columns=["at"], partitioning=None) for path in expand_paths(patterns)]
     return [time for table in tables for time in table["at"].to_pylist()]
+
+
+def test_files_that_appear_while_the_ranks_look_are_of_the_next_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_log(tmp_path)
+    config = timed_config(tmp_path, periods=4)
+    early = find_files(config)
+    pq.write_table(timed_rows(np.arange(40)), tmp_path / "train" / "b.parquet")
+    seen = [early]  # by who looks first; all others see the new file
+    monkeypatch.setattr(periods, "find_files", lambda config: seen.pop() if seen else find_files(config))
+    found = cut(config, tmp_path / "periods", ranks=2)
+    assert sum(one.num_rows for one in found.periods) == NUM_ROWS
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
