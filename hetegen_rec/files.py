@@ -44,12 +44,17 @@ def replace_directory(source: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def make_empty(directory: Path) -> None:
+    """Makes a directory; what is in an earlier one goes."""
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+
+
 @contextmanager
 def whole_directory(target: Path) -> Iterator[Path]:
     """Context with a new directory beside a place, which it takes at the end; it vanishes on an error."""
     partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    make_empty(partial)
     try:
         yield partial
         replace_directory(partial, target)

@@ -13,9 +13,7 @@ one, so no model is chosen by rows that it is tested on, and no row is lost to t
 import json
 import logging
 import math
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -39,8 +37,7 @@ from hetegen_rec.data.manifest import input_fingerprint
 from hetegen_rec.data.raw import RowGroup, list_row_groups
 from hetegen_rec.data.raw_parts import RawParts, raw_pattern
 from hetegen_rec.data.row_pass import Progress, RowPass, Use, silent
-from hetegen_rec.data.workers import Workers
-from hetegen_rec.files import replace_directory
+from hetegen_rec.data.workers import Workers, staged
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +128,7 @@ def cut_periods(config: RunConfig, directory: Path, workers: Workers, progress: 
     if known is None:
         groups = list_groups(config, files, workers).groups
         cutting = _Cutting(config, groups, workers, progress)
-        with _staged(directory, workers) as partial:
+        with staged(directory, workers) as partial:
             known = cutting.write(partial)
             with workers.together("writing the periods' manifest"):
                 if workers.rank == 0:
@@ -201,24 +198,6 @@ def _read_cut(directory: Path, cut_from: Mapping[str, Any]) -> tuple[Period, ...
             "`run_dir`, or replace everything that was trained on them with --fresh"
         )
     return tuple(Period(**values) for values in content["periods"])
-
-
-@contextmanager
-def _staged(final: Path, workers: Workers) -> Iterator[Path]:
-    """A directory beside the final one that takes its place at the end, or goes if anything fails."""
-    partial = final.with_name(f".{final.name}.partial")
-    try:
-        with workers.together(f"making {partial}"):
-            if workers.rank == 0:
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(parents=True)
-        yield partial
-        with workers.together(f"finishing {final}"):
-            if workers.rank == 0:
-                replace_directory(partial, final)
-    finally:
-        if workers.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
 
 
 @dataclass

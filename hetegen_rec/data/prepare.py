@@ -54,8 +54,8 @@ from hetegen_rec.data.raw import expand_paths, row_groups
 from hetegen_rec.data.row_pass import BadGroup, Progress, RowPass, num_rows_of, silent
 from hetegen_rec.data.statistics import Accumulator, Statistics, write_statistics
 from hetegen_rec.data.summary import KeptTable, summarise_table
-from hetegen_rec.data.workers import Workers
-from hetegen_rec.files import replace_directory
+from hetegen_rec.data.workers import Workers, staged
+from hetegen_rec.files import make_empty
 from hetegen_rec.locks import LockedError, directory_lock
 from hetegen_rec.sealing import digest_of
 
@@ -129,7 +129,7 @@ def encode_files(
         check_prepared(config)
         paths = expand_paths(patterns)
         if workers.rank == 0:
-            _make_empty(directory)
+            make_empty(directory)
     looked_at = look_at(paths, config.features, workers, labelled=False)
     groups = row_groups([(path, looked_at[path].group_rows or ()) for path in paths])
     if not groups:
@@ -164,7 +164,11 @@ def _prepare(
     try:
         listing = list_groups(config, files, workers)
         preparation = _Preparation(config, workers, progress, listing, fingerprints)
-        with _staged(config, workers) as directory:
+        final = _final_directory(config)
+        with workers.together("looking at data.prepared_dir"):
+            if workers.rank == 0:
+                _refuse_foreign(final)
+        with staged(final, workers) as directory:
             preparation.write(directory)
     except BadRowsError as error:
         raise BadRowsError(f"{error}; or leave out such rows with `data.on_bad_shard: skip`") from error
@@ -227,30 +231,6 @@ def _final_directory(config: RunConfig) -> Path:
     return Path(config.data.prepared_dir).resolve()
 
 
-@contextmanager
-def _staged(config: RunConfig, workers: Workers) -> Iterator[Path]:
-    """A directory beside the final one that takes its place at the end, or goes if anything fails."""
-    final = _final_directory(config)
-    partial = final.with_name(f".{final.name}.partial")
-    try:
-        with workers.together("making the output directory"):
-            if workers.rank == 0:
-                _refuse_foreign(final)
-                _make_empty(partial)
-        yield partial
-        with workers.together("moving the prepared data into place"):
-            if workers.rank == 0:
-                replace_directory(partial, final)
-    finally:
-        if workers.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-
-
-def _make_empty(directory: Path) -> None:
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(parents=True)
-
-
 def _refuse_foreign(final: Path) -> None:
     """An existing directory is replaced only if `prepare` wrote it."""
     if final.exists() and not (final / MANIFEST_FILE).exists() and any(final.iterdir()):
@@ -283,7 +263,7 @@ class _Preparation:
             with self.workers.together("starting again"):
                 if self.workers.rank == 0:
                     logger.warning("training rows became unusable after they were counted; counting again")
-                    _make_empty(directory)
+                    make_empty(directory)
         with self.workers.together("writing the manifest"):
             if self.workers.rank == 0:
                 shutil.rmtree(directory / _COUNTS_DIR)

@@ -15,7 +15,6 @@ is taken.
 import heapq
 import json
 import logging
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,8 +31,7 @@ from hetegen_rec.data.raw_parts import RawParts, raw_pattern
 from hetegen_rec.data.row_pass import Progress, RowPass, silent
 from hetegen_rec.data.staleness import Seen, Staleness, id_cells, nothing_seen
 from hetegen_rec.data.statistics import Statistics
-from hetegen_rec.data.workers import Workers
-from hetegen_rec.files import replace_directory
+from hetegen_rec.data.workers import Workers, staged
 
 logger = logging.getLogger(__name__)
 
@@ -172,15 +170,14 @@ class ReplayWriter:
             if self._workers.rank == 0:
                 worth = weights(_flat(staleness), config.weight, config.bias)
                 chosen = choose_rows(stale, worth, config.replay_rows)
-        chosen = self._workers.gather(chosen)[0]
-        partial = directory.with_name(f".{directory.name}.partial")
-        self._copy(partial, candidates, np.sort(stale.rows[chosen]))
+        chosen = self._workers.broadcast(chosen)
         summary = _summarise(stale, chosen, sum(group.num_rows for group in candidates))
-        with self._workers.together(f"finishing {directory}"):
-            if self._workers.rank == 0:
-                staleness.save(partial / _STALENESS)
-                (partial / _SUMMARY).write_text(json.dumps(asdict(summary)), encoding="utf-8")
-                replace_directory(partial, directory)
+        with staged(directory, self._workers) as partial:
+            self._copy(partial / _ROWS, candidates, np.sort(stale.rows[chosen]))
+            with self._workers.together("writing what was replayed"):
+                if self._workers.rank == 0:
+                    staleness.save(partial / _STALENESS)
+                    (partial / _SUMMARY).write_text(json.dumps(asdict(summary)), encoding="utf-8")
         return Replay(directory, summary)
 
     def _find(self, staleness: Staleness, candidates: Sequence[RowGroup]) -> StaleRows:
@@ -201,12 +198,8 @@ class ReplayWriter:
         rows, firsts = np.unique(found // len(flat), return_index=True)
         return StaleRows(rows, np.append(firsts, len(found)), found % len(flat))
 
-    def _copy(self, partial: Path, candidates: Sequence[RowGroup], rows: NDArray[np.int64]) -> None:
-        with self._workers.together(f"making {partial}"):
-            if self._workers.rank == 0:
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(parents=True)
-        parts = RawParts(partial / _ROWS, self._workers.rank, self._rows_per_group)
+    def _copy(self, directory: Path, candidates: Sequence[RowGroup], rows: NDArray[np.int64]) -> None:
+        parts = RawParts(directory, self._workers.rank, self._rows_per_group)
 
         def copy(table: pa.Table, first_row: int, where: str) -> None:  # noqa: ARG001
             first, last = np.searchsorted(rows, [first_row, first_row + len(table)])

@@ -1,6 +1,5 @@
 """Scoring rows with a sharded model, exactly once each; measuring and writing the scores."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,11 @@ from hetegen_rec.data.batch import Batch
 from hetegen_rec.data.cursor import Cursor
 from hetegen_rec.data.reader import Reader
 from hetegen_rec.data.statistics import Statistics
+from hetegen_rec.data.workers import staged
 from hetegen_rec.distributed.runtime import Runtime
 from hetegen_rec.evaluation.gather import evaluate_predictions
 from hetegen_rec.evaluation.predictions import Predictions
 from hetegen_rec.evaluation.slices import head_threshold
-from hetegen_rec.files import replace_directory
 from hetegen_rec.inference.building import TrainedModel, build_strategy
 from hetegen_rec.inference.lookup import Lookup
 from hetegen_rec.inference.scorer import Scorer
@@ -123,12 +122,7 @@ def write_predictions(
         runtime: this process's view of the job.
         labelled: whether the rows came with labels.
     """
-    partial = directory.with_name(f".{directory.name}.partial")
-    with runtime.together(f"making {partial}"):
-        if runtime.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-    with runtime.together(f"writing {partial}"):
+    with staged(directory, runtime) as partial, runtime.together(f"writing {partial}"):
         rows = predictions.rows
         columns: dict[str, Any] = {
             "row_id": rows.row_ids,
@@ -140,6 +134,3 @@ def write_predictions(
             columns["user_key"] = rows.context["user_key"]
         path = partial / f"part-{runtime.rank:05d}.parquet"
         pq.write_table(pa.table(columns), path, compression="zstd")
-    with runtime.together(f"finishing {directory}"):
-        if runtime.is_main:
-            replace_directory(partial, directory)
