@@ -1,4 +1,4 @@
-"""What `hetegen plan` found, as JSON and as tables for the terminal."""
+"""A sharding plan as a table for the terminal; what `hetegen plan` found, as JSON and as such tables."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -107,7 +107,9 @@ class CapacityReport:
 
 def capacity_tables(report: CapacityReport) -> RenderableType:
     """Everything that a plan says, for printing."""
-    parts: list[RenderableType] = [_plan_table(report), _memory_table(report), _traffic_table(report)]
+    rows = sum(line.rows for line in report.plan)
+    plan = plan_table(report.plan, f"Sharding plan: {len(report.plan)} tables, {rows:,} rows")
+    parts: list[RenderableType] = [plan, _memory_table(report), _traffic_table(report)]
     return Group(*parts, _time_table(report), *_conclusions(report))
 
 
@@ -115,12 +117,12 @@ def _time_as_json(time: StepTime) -> dict[str, float]:
     return {**asdict(time), "serial": time.serial, "overlapped": time.overlapped}
 
 
-def _plan_table(report: CapacityReport) -> Table:
-    rows = sum(line.rows for line in report.plan)
-    table = Table(title=f"Sharding plan: {len(report.plan)} tables, {rows:,} rows")
+def plan_table(plan: Sequence[PlannedTable], title: str) -> Table:
+    """A sharding plan, for printing."""
+    table = Table(title=title)
     for name in ("table", "rows", "dim", "sharding", "ranks", "kernel", "MiB"):
         table.add_column(name, justify="right" if name in ("rows", "dim", "MiB") else "left")
-    for line in report.plan:
+    for line in plan:
         ranks = ranks_text(line.ranks)
         cells = (f"{line.rows:,}", str(line.dim), line.sharding, ranks, line.kernel, f"{line.mib:,.2f}")
         table.add_row(line.table, *cells)

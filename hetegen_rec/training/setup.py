@@ -10,7 +10,6 @@ from typing import get_args
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.table import Table
 from torchrec.distributed import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineBase, TrainPipelineSparseDist
 from torchrec.distributed.types import ShardingPlan
@@ -164,16 +163,3 @@ def open_encoded(config: RunConfig, directory: Path, statistics: Statistics, run
         columns=batcher.encoded_schema.names,
         device=runtime.device,
     )
-
-
-def plan_table(plan: list[PlannedTable]) -> Table:
-    """The sharding plan as a table to print."""
-    table = Table(title="Sharding plan")
-    for name in ("table", "rows", "dim", "sharding", "ranks", "kernel", "MiB"):
-        table.add_column(name, justify="right" if name in ("rows", "dim", "MiB") else "left")
-    for line in plan:
-        ranks = ", ".join(map(str, line.ranks))
-        table.add_row(
-            line.table, f"{line.rows:,}", str(line.dim), line.sharding, ranks, line.kernel, f"{line.mib:.2f}"
-        )
-    return table

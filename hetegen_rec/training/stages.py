@@ -18,6 +18,7 @@ from hetegen_rec.distributed.optimizers import make_optimizer
 from hetegen_rec.distributed.runtime import Runtime
 from hetegen_rec.distributed.signals import StopRequest
 from hetegen_rec.distributed.watchdog import Watchdog
+from hetegen_rec.evaluation.capacity import plan_table
 from hetegen_rec.models.hetegen import HeteGenNetwork
 from hetegen_rec.models.reconstruction import check_growth
 from hetegen_rec.training.attempts import (
@@ -36,13 +37,7 @@ from hetegen_rec.training.checkpoint import CheckpointError, CheckpointInfo, Che
 from hetegen_rec.training.checkpoint_writer import CheckpointWriter
 from hetegen_rec.training.logs import RunLog
 from hetegen_rec.training.progress import RowsProgress
-from hetegen_rec.training.setup import (
-    ShardedModel,
-    build_sharded,
-    open_split,
-    plan_table,
-    rows_per_step,
-)
+from hetegen_rec.training.setup import ShardedModel, build_sharded, open_split, rows_per_step
 from hetegen_rec.training.state import StageState
 from hetegen_rec.training.trainer import Trainer
 
@@ -157,7 +152,7 @@ def open_trainer(
         _load_start(config, stage, model, optimizer, statistics, runtime)
         state = StageState()
     if runtime.is_main:
-        terminal.results().print(plan_table(model.plan))
+        terminal.results().print(plan_table(model.plan, "Sharding plan"))
     directory = config.stage_dir(stage)
     with runtime.together(f"opening {directory}"):
         if runtime.is_main:
