@@ -17,6 +17,7 @@ from benchmarks.throughput.stopwatch import Turn, Workload
 from hetegen_rec.models import reconstruction
 from hetegen_rec.models.ctr import FieldPooling, mean_of_present
 from hetegen_rec.models.embedding import TokenAssembly
+from hetegen_rec.models.sampled_loss import Candidates
 
 Part: TypeAlias = Literal["field_slices", "foreach_adamw", "looked_up_by_key", "all_candidates"]
 
@@ -70,7 +71,7 @@ def _looked_up_by_key(
 
 
 @dataclass(frozen=True)
-class _AllCandidates:
+class _AllCandidates(Candidates):
     """The first K rows of a batch, however often a value comes."""
 
     ids: Tensor
@@ -80,15 +81,21 @@ class _AllCandidates:
     @classmethod
     def among(cls, ids: Tensor, is_candidate: Tensor, log_q: Tensor) -> "_AllCandidates":
         """Takes note of them."""
-        return cls(ids, is_candidate, log_q)
+        distinct = Candidates.among(ids, is_candidate, log_q)
+        return cls(**vars(distinct), ids=ids, is_candidate=is_candidate, log_q=log_q)
 
     def cross_entropy(self, positive: Tensor, query: Tensor, keys: Tensor, is_target: Tensor) -> Tensor:
         """From the logits of every cell with every candidate, by torch's own functions."""
         limit = self.is_candidate.shape[1]
+        positive = positive + self.log_own()
         negative = (query @ keys[:, :limit].mT).float() - self.log_q[:, None, :limit]
-        hit = (self.ids[:, :, None] == self.ids[:, None, :limit]) | ~self.is_candidate[:, None]
-        logits = torch.cat([positive[..., None], negative.masked_fill(hit, float("-inf"))], -1)
+        is_none = self._has_own() | ~self.is_candidate[:, None]
+        logits = torch.cat([positive[..., None], negative.masked_fill(is_none, float("-inf"))], -1)
         return torch.where(is_target, torch.logsumexp(logits, -1) - positive, 0.0)
+
+    def _has_own(self) -> Tensor:
+        """[F, B, K] bool: whether one of them has a row's own value."""
+        return self.ids[:, :, None] == self.ids[:, None, : self.is_candidate.shape[1]]
 
 
 @contextmanager

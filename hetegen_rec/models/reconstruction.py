@@ -21,6 +21,8 @@ from hetegen_rec.models.sampled_loss import Candidates, sampled_cross_entropy
 Head: TypeAlias = Literal["full", "sampled", "none"]
 
 _MIN_TEMPERATURE = 0.01
+_LEAST_CHANCE = math.log(2.0)
+_LEAST_BASELINE = 1e-3  # nats; what one value takes nearly whole has hardly any
 
 
 @dataclass
@@ -33,10 +35,10 @@ class RowLosses:
     """[B, F] bool."""
     chance: Tensor
     """[F]: cross-entropy of a uniform guess on this rank's batch, such as log V, or log(1 + K), mean over the
-    targets with K negatives each."""
+    targets with K other values to choose from each."""
     baseline: Tensor
     """[F]: cross-entropy of a guess that knows how often, but not where: for a full softmax the entropy of
-    the field's marginal distribution, for a sampled one log(1 + K): logits are corrected by frequency."""
+    the field's marginal distribution, for a sampled one that of the values of this rank's batch."""
     rank: Tensor | None = None
     """[B, F] int64: how many of the values it chooses from the head likes no less than the true one (of a
     set of true values, than the best of them). None in training, and for heads that do not choose."""
@@ -138,7 +140,7 @@ class FullSoftmax(nn.Module):
         self.bags = {name for name in names if schema.field(name).kind == "multi_valued"}
         sizes = {name: statistics.table_rows(name) - NUM_RESERVED_IDS for name in names}
         self.classes = nn.ModuleDict({name: nn.Linear(dim, size) for name, size in sizes.items()})
-        entropies = [max(statistics.fields[name].entropy, 1e-3) for name in names]
+        entropies = [max(statistics.fields[name].entropy, _LEAST_BASELINE) for name in names]
         chances = [math.log(size) for size in sizes.values()]
         self.register_buffer("chance", torch.tensor(chances), persistent=False)
         self.register_buffer("baseline", torch.tensor(entropies), persistent=False)
@@ -228,7 +230,7 @@ class SampledSoftmax(MatchingHead):
     Candidates are the clean looked-up rows of the same field in this rank's batch, so there is no
     second lookup and the cost does not grow with the vocabulary. Logits are cosines with a learnt
     temperature, corrected by the log frequency with which in-batch sampling draws a candidate
-    (logQ; Yi et al., RecSys 2019); candidates equal to the target are no negatives. Without the
+    (logQ; Yi et al., RecSys 2019); candidates equal to the target count for it. Without the
     temperature the cross-entropy would be bounded below by log(1 + (K - 1) e^-2).
     """
 
@@ -252,14 +254,17 @@ class SampledSoftmax(MatchingHead):
         score = (query * keys).sum(-1)  # [F, B]
         is_candidate = ids[:, : self.num_candidates] >= NUM_RESERVED_IDS
         candidates = Candidates.among(ids, is_candidate, log_q)
-        negatives = candidates.negatives()  # [F, B]
-        is_target = is_target & (negatives > 0).T  # there is nothing to choose from otherwise
+        others = candidates.other_values()  # [F, B]
+        is_target = is_target & (others > 0).T  # there is nothing to choose from otherwise
         loss = sampled_cross_entropy(score - log_q, query, keys, candidates, is_target.T)
-        chance = mean_over_targets(negatives.log1p(), is_target.T)
+        chance = mean_over_targets(others.log1p(), is_target.T)
+        log_own = candidates.log_own()
+        by_frequency = (candidates.other_rows() + log_own.exp()).log() - log_own  # scores of log p
+        baseline = mean_over_targets(by_frequency, is_target.T, _LEAST_BASELINE)
         rank = None
         if not self.training:  # by likelihood: the correction is for the loss, and would rank by lift
             rank = (candidates.scores(query, keys) >= score[..., None]).sum(-1).T
-        return RowLosses(loss.T, is_target, chance, chance, rank)
+        return RowLosses(loss.T, is_target, chance, baseline, rank)
 
     def queries(self, name: str, hidden: Tensor) -> Tensor:
         """Hidden vectors [B, D] of one field -> [B, D], whose products with unit vectors are logits."""
@@ -273,10 +278,10 @@ class SampledSoftmax(MatchingHead):
         return free + (free.clamp(min=_MIN_TEMPERATURE) - free).detach()
 
 
-def mean_over_targets(levels: Tensor, is_target: Tensor) -> Tensor:
-    """Mean of levels [F, B] over the targets of each field, of all rows where it has none; at least log 2."""
+def mean_over_targets(levels: Tensor, is_target: Tensor, least: float = _LEAST_CHANCE) -> Tensor:
+    """Mean [F] of levels [F, B] over the targets of each field, of all rows where it has none, or `least`."""
     counted = torch.where(is_target.any(1, keepdim=True), is_target, True)
-    return ((levels * counted).sum(1) / counted.sum(1)).clamp(min=math.log(2.0))
+    return ((levels * counted).sum(1) / counted.sum(1)).clamp(min=least)
 
 
 def _pick(span: tuple[int, int], is_target: Tensor, ids: Tensor, noise: RowNoise) -> Tensor:

@@ -28,7 +28,7 @@ class Candidates:
     log_count: Tensor
     """[F, K + 1]: log of how many of the rows have it; 0 in columns without one."""
     own: Tensor
-    """[F, B] int64: the column of every row's own value, which is no negative for it."""
+    """[F, B] int64: the column of every row's own value."""
     num_distinct: Tensor
     """[F] int64: the values, which stand in the first columns."""
 
@@ -59,10 +59,19 @@ class Candidates:
         bias = torch.where(is_used, -log_q.gather(1, row), _NONE)
         return cls(row, bias, count.clamp(min=1).float().log(), own, column[:, -1] + 1)
 
-    def negatives(self) -> Tensor:
-        """[F, B]: how many of the rows are candidates for a row: those that have another value."""
+    def other_values(self) -> Tensor:
+        """[F, B]: how many values other than its own a row has to choose from."""
+        is_used = (self.bias > _NONE).float()
+        return is_used.sum(1, keepdim=True) - is_used.gather(1, self.own)
+
+    def other_rows(self) -> Tensor:
+        """[F, B]: how many of the rows have one of these values."""
         count = torch.where(self.bias > _NONE, self.log_count.exp().round(), 0.0)
         return count.sum(1, keepdim=True) - count.gather(1, self.own)
+
+    def log_own(self) -> Tensor:
+        """[F, B]: log of how often a row's own value comes, at least once."""
+        return self.log_count.gather(1, self.own)
 
     def scores(self, query: Tensor, keys: Tensor) -> Tensor:
         """[F, B, K + 1]: of every value, uncorrected; minus infinity for a row's own and where there is none.
@@ -84,8 +93,9 @@ def sampled_cross_entropy(
     Args:
         positive: [F, B], logits of the true values.
         query: [F, B, D].
-        keys: [F, B, D], of the values of the rows; logits of candidates are `query @ keys + bias`, and a
-            value counts as often as it comes.
+        keys: [F, B, D], of the values of the rows; logits of candidates are `query @ keys + bias`. A value
+            counts as often as it comes, the true one too: were its copies left out, a frequent value would
+            have less than its share, and a guess by frequency could be beaten without knowing anything.
         candidates: of the fields.
         is_target: [F, B] bool.
 
@@ -133,6 +143,7 @@ class _SampledCrossEntropy(torch.autograd.Function):
         first = torch.arange(num_fields, device=query.device)[:, None] * num_rows
         loss = torch.zeros_like(positive)
         bias = candidates.bias + candidates.log_count
+        positive = positive + candidates.log_own()
         slices: list[slice] = []
         saved: list[Tensor] = []
         for block in _blocks(candidates, is_target):

@@ -226,7 +226,7 @@ def test_choices_are_ranked_by_themselves(tmp_path):
         tmp_path,
         groups={"all": "All"},
         methods={**methods, "fm": fm},
-        choices={"Kind": ["fm", "scratch"]},
+        choices={"Kind": ["fm", "scratch", "uniform"], "Alone": ["scratch"]},
     )
     text = section(page(plan, finished(plan), tmp_path), "What validation would choose")
     overall, kind = text.split("| rank by AUC on valid | mean | ads | shop |")[1].split(
@@ -234,6 +234,7 @@ def test_choices_are_ranked_by_themselves(tmp_path):
     )
     assert "| Uniform | **1.00** | 1 | 1 |\n| From scratch | 2.00 | 2 | 2 |" in overall
     assert "FM" not in overall + kind  # it runs on one of the data sets only
+    assert "Alone" not in kind  # the first of one says nothing
 
 
 def test_failures_are_told(tmp_path, plan):

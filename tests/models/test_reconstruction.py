@@ -131,12 +131,12 @@ def chosen(case, name):
 
 
 def slow_sampled(case, head, name, num_candidates):
-    """Losses and the mean chance level of the targets by a loop over rows and candidates."""
+    """Losses, mean chance level and mean baseline of the targets by a loop over rows and candidates."""
     index = SAMPLED.index(name)
     places = chosen(case, name)
     ids = [int(case.batch.ids[b, p]) for b, p in enumerate(places)]
     log_q = [float(case.batch.log_prior[b, p]) for b, p in enumerate(places)]
-    losses, chances = torch.zeros(NUM_ROWS), []
+    losses, chances, baselines = torch.zeros(NUM_ROWS), [], []
     for b, place in enumerate(places):
         if not case.corrupted.is_target[b, place]:
             continue
@@ -147,10 +147,12 @@ def slow_sampled(case, head, name, num_candidates):
             return cosine / head.log_temperature[index].exp() - log_q[k]
 
         negatives = [k for k in range(num_candidates) if ids[k] >= NUM_RESERVED_IDS and ids[k] != ids[b]]
-        logits = torch.stack([logit(b), *(logit(k) for k in negatives)])
+        copies = max(1, sum(ids[k] == ids[b] for k in range(num_candidates)))
+        logits = torch.stack([logit(b) + math.log(copies), *(logit(k) for k in negatives)])
         losses[b] = -logits.log_softmax(0)[0]
-        chances.append(math.log(1 + len(negatives)))
-    return losses, sum(chances) / len(chances)
+        chances.append(math.log(1 + len({ids[k] for k in negatives})))
+        baselines.append(math.log((copies + len(negatives)) / copies))
+    return losses, sum(chances) / len(chances), sum(baselines) / len(baselines)
 
 
 @torch.no_grad()
@@ -159,13 +161,13 @@ def slow_sampled(case, head, name, num_candidates):
 def test_sampled_softmax_equals_the_reference(name, num_candidates):
     case = Case()
     head, losses = case.sampled(num_candidates)
-    expected, chance = slow_sampled(case, head, name, num_candidates)
+    expected, chance, baseline = slow_sampled(case, head, name, num_candidates)
     index = SAMPLED.index(name)
     assert losses.is_target[:, index].any()
     assert 0 < chance < math.log(num_candidates)
     torch.testing.assert_close(losses.loss[:, index], expected, rtol=1e-4, atol=1e-4)
     assert losses.chance[index].item() == pytest.approx(chance)
-    assert torch.equal(losses.chance, losses.baseline)
+    assert losses.baseline[index].item() == pytest.approx(baseline)
 
 
 def test_chance_levels_of_full_softmaxes():
@@ -205,9 +207,8 @@ def test_where_all_candidates_are_the_value_itself_there_is_no_target():
     assert losses.chance.isfinite().all()
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("share", [0.02, 0.8])
-def test_a_guess_by_frequency_is_at_chance_however_seldom_or_skewed_a_field_is(share):
+def test_no_guess_by_frequency_alone_beats_the_baseline_however_seldom_or_skewed_a_field_is(share):
     """With `share` of the rows of one value, and with a value in only that share of the rows."""
     rng = np.random.default_rng(0)
     ids = torch.from_numpy(rng.integers(2, 200, (1, 512)))
@@ -218,16 +219,36 @@ def test_a_guess_by_frequency_is_at_chance_however_seldom_or_skewed_a_field_is(s
         probability[2] += share
     else:
         ids[0, rng.random(512) >= share] = 0
+    score_of_value = probability.log().requires_grad_()  # a guess by frequency
+    scores = score_of_value[ids]
+    loss = loss_by_scores(ids, scores, probability.log()[ids])
     is_target = ids >= NUM_RESERVED_IDS
-    log_q = probability.log()[ids]
+    _, counts = ids[is_target].unique(return_counts=True)
+    entropy = -(counts / counts.sum() * (counts / counts.sum()).log()).sum()
+    assert loss.item() == pytest.approx(entropy.item(), rel=1e-4)
+    loss.backward()
+    torch.testing.assert_close(score_of_value.grad, torch.zeros(200), atol=1e-6, rtol=0)
+
+
+def loss_by_scores(ids, scores, log_q):
+    """Mean cross-entropy where a value has its score in every row."""
+    is_target = ids >= NUM_RESERVED_IDS
     candidates = Candidates.among(ids, is_target, log_q)
-    # The guess's score is log p, and the correction takes it away again.
-    query, keys = torch.ones(1, 512, 1), log_q[..., None]
-    negatives = candidates.negatives()
-    is_target &= negatives > 0
-    loss = sampled_cross_entropy(torch.zeros(1, 512), query, keys, candidates, is_target)
-    chance = (negatives.log1p() * is_target).sum() / is_target.sum()
-    assert (loss.sum() / is_target.sum() / chance).item() == pytest.approx(1.0, abs=1e-4)
+    query = torch.ones(*ids.shape, 1)
+    loss = sampled_cross_entropy(scores - log_q, query, scores[..., None], candidates, is_target)
+    return loss.sum() / is_target.sum()
+
+
+def test_the_baseline_of_a_sampled_softmax_is_what_a_guess_by_frequency_costs():
+    case = Case()
+    case.batch.ids[: NUM_ROWS // 2, column("item")] = NUM_RESERVED_IDS
+    _, losses = case.sampled(names=["item"])
+    ids = case.batch.ids[:, column("item")]
+    known = ids[ids >= NUM_RESERVED_IDS]
+    shares = (known == ids[:, None]).sum(1) / len(known)
+    expected = -shares[losses.is_target[:, 0]].log().mean()
+    assert losses.baseline[0].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert losses.baseline[0] < losses.chance[0]
 
 
 def test_a_sequence_predicts_each_of_its_noised_items_equally_often():

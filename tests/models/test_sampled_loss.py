@@ -46,8 +46,11 @@ def loss_over_all(rows: Inputs, shift: float = 0.0):
     """By torch's own functions, a logit for each of the K candidates."""
     bias = torch.where(rows.is_candidate, -rows.log_q[:, :K], float("-inf"))
     negative = rows.query @ rows.keys()[:, :K].mT + bias[:, None]
-    negative = negative.masked_fill(rows.ids[:, :, None] == rows.ids[:, None, :K], float("-inf"))
-    logits = torch.cat([rows.positive(shift)[..., None], negative], -1).flatten(0, 1)
+    is_own = rows.ids[:, :, None] == rows.ids[:, None, :K]
+    negative = negative.masked_fill(is_own, float("-inf"))
+    copies = is_own.sum(-1).clamp(min=1)  # a row whose value no candidate has is its own
+    true = rows.positive(shift) + copies.log()
+    logits = torch.cat([true[..., None], negative], -1).flatten(0, 1)
     zeros = torch.zeros(F * B, dtype=torch.long)
     loss = functional.cross_entropy(logits, zeros, reduction="none").view(F, B)
     return torch.where(rows.is_target, loss, 0.0)
@@ -120,8 +123,11 @@ def test_scores_leave_out_own_values_and_what_is_no_candidate():
         torch.testing.assert_close(of_values[is_scored], plain[is_scored])
 
 
-def test_negatives_are_the_candidates_with_another_value():
+def test_others_are_the_candidates_with_another_value():
     rows = Inputs()
-    negatives = Candidates.among(rows.ids, rows.is_candidate, rows.log_q).negatives()
-    others = rows.ids[:, :, None] != rows.ids[:, None, :K]
-    assert torch.equal(negatives, (others & rows.is_candidate[:, None]).sum(-1).float())
+    candidates = Candidates.among(rows.ids, rows.is_candidate, rows.log_q)
+    others = (rows.ids[:, :, None] != rows.ids[:, None, :K]) & rows.is_candidate[:, None]
+    assert torch.equal(candidates.other_rows(), others.sum(-1).float())
+    for field in range(F):
+        values = [len(rows.ids[field, :K][is_other].unique()) for is_other in others[field]]
+        assert candidates.other_values()[field].tolist() == values
