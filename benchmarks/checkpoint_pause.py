@@ -127,7 +127,7 @@ class Job:
             config.train.table_optimizer,
             config.model.balance.learning_rate,
         )
-        reader = open_split(config, "train", statistics_of_rows, runtime, stage="joint")
+        reader = open_split(config, "train", statistics_of_rows, runtime, stage="joint", train=True)
         self._batches = list(islice(reader.epoch(Cursor()), 10))
         self._steps(len(self._batches))  # warm
         checkpoints = Checkpoints(str(directory / "background"), runtime, "benchmark")

@@ -96,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         model.dmp.eval()
         eager: dict[int, list[float]] = {rows: [] for rows in ROWS}
         for num_rows in ROWS:
-            batch = _batch(config, statistics_, runtime, num_rows)
+            batch = _batch(config, options.stage, statistics_, runtime, num_rows)
             ids = _ids(config, candidates[0].scorer, num_rows)
             calls = [(eager[num_rows], _eager(model.dmp, batch))]
             calls += [(one.seconds[num_rows], _scoring(one.scorer, ids)) for one in candidates]
@@ -132,7 +132,7 @@ def _candidates(
         one = config.model_copy(update={"export": config.export.model_copy(update=settings)})
 
         def open_rows(split: Any, one: RunConfig = one) -> Reader:
-            return open_split(one, split, statistics_, runtime)
+            return open_split(one, split, statistics_, runtime, stage=stage)
 
         path = directory / f"{tables}-{dense}"
         manifest = Exporter(one, stage, info, statistics_, runtime, open_rows).write(path)
@@ -143,10 +143,13 @@ def _candidates(
             yield Candidate(f"{backend}, {tables}, {dense}", scorer, manifest, backend, seconds)
 
 
-def _batch(config: RunConfig, statistics_: Statistics, runtime: Runtime, num_rows: int) -> Batch:
+def _batch(
+    config: RunConfig, stage: Stage, statistics_: Statistics, runtime: Runtime, num_rows: int
+) -> Batch:
     train = config.train.model_copy(update={"eval_batch_size": num_rows})
     sized = config.model_copy(update={"train": train})
-    return next(iter(open_split(sized, PARITY_SPLIT, statistics_, runtime).epoch(Cursor())))
+    reader = open_split(sized, PARITY_SPLIT, statistics_, runtime, stage=stage)
+    return next(iter(reader.epoch(Cursor())))
 
 
 def _ids(config: RunConfig, scorer: Scorer, num_rows: int) -> NDArray[np.int64]:

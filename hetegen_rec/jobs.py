@@ -122,7 +122,7 @@ def predict(job: Job) -> None:
             _refuse_filled(directory)
     if job.inputs:
         with _encoded(job, directory) as encoded:
-            reader = open_encoded(job.config, encoded, choice.statistics, job.runtime)
+            reader = open_encoded(job.config, encoded, choice.statistics, job.runtime, stage=choice.stage)
             write_predictions(trained.score(reader), directory, job.runtime, labelled=False)
     else:
         write_predictions(trained.score_split(job.split), directory, job.runtime)
@@ -226,7 +226,7 @@ def _export(choice: Choice, target: Path) -> None:
     config, statistics, runtime = choice.config, choice.statistics, choice.runtime
 
     def open_rows(split: Split) -> Reader:
-        return open_split(config, split, statistics, runtime)
+        return open_split(config, split, statistics, runtime, stage=choice.stage)
 
     # Torch's compilers take a second to import, which no other verb should pay.
     from hetegen_rec.export.package import Exporter

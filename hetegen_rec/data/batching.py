@@ -138,18 +138,22 @@ class Batcher:
         oov_dropout: float = 0.0,
         movement: Mapping[str, NDArray[np.float32]] | None = None,
         frequencies: Collection[Frequency] = get_args(Frequency),
+        *,
+        drop_ids: bool = True,
     ):
         """Lays out what belongs to ids.
 
         Args:
             schema: the fields of a row.
             statistics: of the training rows, for the frequencies.
-            oov_dropout: a > 0 replaces an id that its table saw n times in training by the
-                out-of-vocabulary id with probability a / (a + n), for everything that the model sees
-                and reconstructs. Whether it does is a hash of (noise seed, row id, place in the row).
-                The frequencies are those under dropout.
+            oov_dropout: a of the model's training: it replaces an id that its table saw n times by the
+                out-of-vocabulary id with probability a / (a + n), so the frequencies are those under
+                dropout.
             movement: by table, [num_ids] factors on the gradients of its rows; None for no factors.
             frequencies: those that somebody reads. Looking up the others is saved.
+            drop_ids: whether ids are replaced here, for everything that the model sees and reconstructs.
+                Whether one is, is a hash of (noise seed, row id, place in the row). Rows to score keep
+                theirs.
         """
         self.schema = schema
         self.encoded_schema = encoded_schema(schema)
@@ -163,7 +167,7 @@ class Batcher:
             self._log_prior = _ById(priors, names, of_known=True)
         if "log_rate" in frequencies:
             self._log_rate = _ById({t: statistics.log_rate(t, oov_dropout) for t in set(tables)}, tables)
-        if oov_dropout:
+        if oov_dropout and drop_ids:
             lookups = {table: statistics.lookups(table) for table in set(tables)}
             self._dropout = _ById({t: drop_probability(n, oov_dropout) for t, n in lookups.items()}, tables)
         if movement is not None:

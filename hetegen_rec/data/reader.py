@@ -265,7 +265,7 @@ def open_reader(
         batch_size: rows of a step over all ranks.
         train: whether to train on the rows, or to evaluate them.
         seed: of the shuffle and of the noise.
-        oov_dropout: see `Batcher`.
+        oov_dropout: see `Batcher`; ids are dropped from rows to train on alone.
         movement: see `Batcher`.
         frequencies: see `Batcher`.
         encoder: encodes raw rows; needed if and only if `data.encode` is `on_the_fly`.
@@ -279,7 +279,7 @@ def open_reader(
     data = config.data
     if (data.encode == "on_the_fly") != (encoder is not None):
         raise ValueError(f"`data.encode: {data.encode}` and encoder {encoder!r} do not fit")
-    batcher = Batcher(config.features, statistics, oov_dropout, movement, frequencies)
+    batcher = Batcher(config.features, statistics, oov_dropout, movement, frequencies, drop_ids=train)
     columns = batcher.encoded_schema.names if encoder is None else required_columns(config.features)
     num_lanes = (data.lanes or world_size) if train else world_size
     if not train:

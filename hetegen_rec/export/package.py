@@ -170,7 +170,12 @@ class Exporter:
             backends={},
             strategies=["plain", *strategies],
             inference=write_strategies(
-                root, strategies, statistics, list(self._dims), self._config.inference
+                root,
+                strategies,
+                statistics,
+                list(self._dims),
+                self._config.inference,
+                self._config.stage(self._stage).oov_dropout,
             ),
             shared_fields=list(config.shared_fields),
             metrics=self._metrics(),

@@ -46,6 +46,7 @@ def write_strategies(
     statistics: Statistics,
     tables: Sequence[str],
     settings: InferenceConfig,
+    oov_dropout: float,
 ) -> StrategiesEntry | None:
     """Writes what the strategies know.
 
@@ -55,6 +56,7 @@ def write_strategies(
         statistics: of the training rows.
         tables: in the order of the manifest's vocabularies.
         settings: section `inference` of the run.
+        oov_dropout: that the model was trained under.
 
     Returns:
         Their entry of the manifest; None if there are none.
@@ -63,7 +65,8 @@ def write_strategies(
         return None
     (root / DIRECTORY).mkdir()
     files = [DROPPED, LOG_RATE]
-    np.save(root / LOG_RATE, np.concatenate([statistics.log_rate(table) for table in tables]))
+    rates = [statistics.log_rate(table, oov_dropout) for table in tables]
+    np.save(root / LOG_RATE, np.concatenate(rates))
     for strategy in strategies.values():
         np.save(root / DROPPED, strategy.dropped.float().numpy())
         if isinstance(strategy, FeaturePaths):

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torchrec.distributed import DistributedModelParallel
 
-from hetegen_rec.config.run import RunConfig
+from hetegen_rec.config.data import Split
+from hetegen_rec.config.run import RunConfig, Stage
 from hetegen_rec.config.schema import NUM_RESERVED_IDS
 from hetegen_rec.data.batch import Batch
 from hetegen_rec.data.cursor import Cursor
@@ -61,9 +62,9 @@ def score_rows_by(scorer: Scorer, reader: Reader, runtime: Runtime) -> Predictio
 
 
 def open_scorer(
-    config: RunConfig, statistics: Statistics, model: ShardedModel, runtime: Runtime
+    config: RunConfig, stage: Stage, statistics: Statistics, model: ShardedModel, runtime: Runtime
 ) -> Scorer | None:
-    """The strategy of `inference.strategy` on a trained model; None for `plain`. A collective.
+    """The strategy of `inference.strategy` on the trained model of a stage; None for `plain`. A collective.
 
     Raises:
         ConfigError: the model cannot do it.
@@ -72,9 +73,11 @@ def open_scorer(
     if name == "plain":
         return None
     lookup = Lookup(model.dmp.module.ebc, model.network, config.features)
-    trained = TrainedModel(
-        config, statistics, lookup, runtime, lambda split: open_split(config, split, statistics, runtime)
-    )
+
+    def open_rows(split: Split) -> Reader:
+        return open_split(config, split, statistics, runtime, stage=stage)
+
+    trained = TrainedModel(config, statistics, lookup, runtime, open_rows)
     return Scorer(lookup, name, build_strategy(trained, name), runtime)
 
 

@@ -111,10 +111,19 @@ def open_split(
     statistics: Statistics,
     runtime: Runtime,
     *,
-    stage: Stage | None = None,
+    stage: Stage,
+    train: bool = False,
 ) -> Reader:
-    """The reader of one split: shuffled training rows of a stage, or every row once to score."""
-    train = stage is not None
+    """The reader of one split.
+
+    Args:
+        config: the run.
+        split: which rows.
+        statistics: of the training rows.
+        runtime: this process's view of the job.
+        stage: whose model reads them; how often its training saw each id depends on its dropout.
+        train: whether it trains on the rows, shuffled, or scores each of them once.
+    """
     encoder = None
     if config.data.encode == "on_the_fly":
         encoder = Encoder.load(config.data.prepared_dir, config.features)
@@ -127,9 +136,9 @@ def open_split(
         batch_size=rows_per_step(config, runtime) if train else config.train.eval_batch_size,
         train=train,
         seed=config.seed,
-        oov_dropout=config.stage(stage).oov_dropout if stage is not None else 0.0,
-        movement=_movement(config, stage, statistics) if stage is not None else None,
-        frequencies=config.frequencies(stage) if stage is not None else get_args(Frequency),
+        oov_dropout=config.stage(stage).oov_dropout,
+        movement=_movement(config, stage, statistics) if train else None,
+        frequencies=config.frequencies(stage) if train else get_args(Frequency),
         encoder=encoder,
         device=runtime.device,
     )
@@ -145,9 +154,11 @@ def _movement(
     return Staleness.load(held.directory).factors(statistics, held.regularisation)
 
 
-def open_encoded(config: RunConfig, directory: Path, statistics: Statistics, runtime: Runtime) -> Reader:
-    """The reader of encoded rows from outside the prepared data, to score every one once."""
-    batcher = Batcher(config.features, statistics)
+def open_encoded(
+    config: RunConfig, directory: Path, statistics: Statistics, runtime: Runtime, *, stage: Stage
+) -> Reader:
+    """The reader of encoded rows from outside the prepared data, of which a stage scores every one once."""
+    batcher = Batcher(config.features, statistics, config.stage(stage).oov_dropout, drop_ids=False)
     ranks = runtime.world_size
     return Reader(
         list_row_groups([f"{glob.escape(str(directory))}/*.parquet"]),

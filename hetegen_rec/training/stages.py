@@ -135,8 +135,8 @@ def open_trainer(
         config.model.balance.learning_rate,
     )
     readers = (
-        open_split(config, "train", statistics, runtime, stage=stage),
-        open_split(config, "valid", statistics, runtime),
+        open_split(config, "train", statistics, runtime, stage=stage, train=True),
+        open_split(config, "valid", statistics, runtime, stage=stage),
     )
     checkpoints = open_checkpoints(config, stage, statistics, runtime)
     newest = None if fresh else checkpoints.latest()

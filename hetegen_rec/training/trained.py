@@ -58,7 +58,9 @@ class Choice:
         """
         model = build_sharded(self.config, self.stage, self.statistics, self.runtime)
         stages.load_checkpoint(self.config, self.checkpoints, self.checkpoint, self.statistics, model)
-        return TrainedStage(self, model, open_scorer(self.config, self.statistics, model, self.runtime))
+        return TrainedStage(
+            self, model, open_scorer(self.config, self.stage, self.statistics, model, self.runtime)
+        )
 
 
 def choose(
@@ -151,7 +153,7 @@ class TrainedStage:
 
     def _open(self, split: Split) -> Reader:
         choice = self.choice
-        return open_split(choice.config, split, choice.statistics, choice.runtime)
+        return open_split(choice.config, split, choice.statistics, choice.runtime, stage=choice.stage)
 
 
 def is_evaluated(config: RunConfig, stage: Stage, runtime: Runtime) -> bool:

@@ -255,6 +255,20 @@ def test_frequencies_are_those_of_the_replaced_ids():
     assert batch.log_prior[0, 0] == statistics.log_prior("user")[1]
 
 
+def test_rows_to_score_keep_their_ids_and_have_the_frequencies_of_training_under_dropout():
+    table, statistics = shared_table_log(first_id=2)
+    strata = np.full(table.num_rows, 0.5, np.float32)
+    batcher = Batcher(SCHEMA, statistics, 2.0, drop_ids=False)
+    batch = batcher.make(table, strata, 1, CURSOR, table.num_rows)
+    item = SCHEMA.span("item")[0]
+    ids = torch.tensor(table["item"].to_pylist())
+    assert torch.equal(batch.ids[:, item], ids)
+    for name, under_dropout in (("log_prior", statistics.log_prior), ("log_rate", statistics.log_rate)):
+        found = getattr(batch, name)[:, item]
+        assert torch.equal(found, torch.from_numpy(under_dropout("item", 2.0))[ids])
+        assert not torch.equal(found, torch.from_numpy(under_dropout("item"))[ids])
+
+
 @pytest.mark.parametrize("read", [(), ("log_prior",), ("log_rate",)])
 def test_frequencies_that_nobody_reads_are_left_out_and_the_rest_is_the_same(read):
     table = many_rows(5)

@@ -173,6 +173,13 @@ def test_rows_without_an_item_are_told_from_items_without_training_rows(raw, pre
         assert [count == NO_ITEM for count in rows] == [items[row] is None for row in ids]
 
 
+@pytest.mark.parametrize(("split", "is_dropped"), [("train", True), ("valid", False)])
+def test_ids_are_dropped_from_rows_to_train_on_alone(prepared, split, is_dropped):
+    plain, read = (open_split(*prepared, split, oov_dropout=a).epoch(START) for a in (0.0, 10.0))
+    is_same = torch.equal(*(torch.cat([batch.ids for batch in batches]) for batches in (plain, read)))
+    assert is_same != is_dropped
+
+
 def test_dropout_spares_ids_that_training_saw_often(prepared):
     config, statistics = prepared
     plain = torch.cat([batch.ids for batch in open_split(config, statistics, "train").epoch(START)])

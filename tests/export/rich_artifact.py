@@ -17,10 +17,12 @@ from hetegen_rec.scoring.scorer import Scorer
 SHARED = ("user_id", "segment", "history")
 """The last on a table of the candidates' side; none of the user's side is on the widest tables."""
 STRATEGIES = ("uncertainty", "feature_paths")
+OOV_DROPOUT = 2.0
 _DIMS = {"segment": 4, "price": 4, "tags": 16}
 _SETTINGS = (
     "stages.joint.epochs=1",
     "stages.joint.table_lr=0.2",  # so that rows differ in their scores
+    f"stages.joint.oov_dropout={OOV_DROPOUT}",
     "inference.feature_paths.sketch_mb=1",
     "inference.uncertainty.paths=4",
 )

@@ -7,8 +7,9 @@ import sys
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from rich_artifact import STRATEGIES
+from rich_artifact import OOV_DROPOUT, STRATEGIES
 
+from hetegen_rec.data.statistics import Statistics
 from hetegen_rec.main import main
 from hetegen_rec.scoring.errors import ArtifactError
 from hetegen_rec.scoring.scorer import Scorer
@@ -20,6 +21,13 @@ def test_an_artifact_scores_as_evaluate_does(strategy, backend, rich_run):
     found = rich_run.scorer(backend=backend).score(rich_run.raw("test"), strategy)
     expected = rich_run.evaluated("test", strategy)
     np.testing.assert_allclose(found, expected, atol=2e-6, rtol=0)
+
+
+def test_frequencies_are_those_of_training_under_dropout(rich_run):
+    artifact = rich_run.scorer().artifact
+    statistics = Statistics.load(rich_run.directory / "prepared")
+    expected = [statistics.log_rate(table, OOV_DROPOUT) for table in artifact.manifest.vocabularies]
+    np.testing.assert_array_equal(np.load(artifact.path("strategies/log_rate.npy")), np.concatenate(expected))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

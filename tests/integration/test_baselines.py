@@ -50,9 +50,8 @@ def _train_and_score(directory: Path, name: str, num_ranks: int, runtime: Runtim
         trainer.run()
     log = config.stage_dir("scratch") / "log.jsonl"
     lines = [json.loads(line) for line in log.read_text().splitlines()]
-    predictions = score_rows(
-        trainer.model.dmp, open_split(config, "test", trainer.statistics, runtime), runtime
-    )
+    reader = open_split(config, "test", trainer.statistics, runtime, stage="scratch")
+    predictions = score_rows(trainer.model.dmp, reader, runtime)
     return {
         "losses": [line["loss"] for line in lines if line["event"] == "train"],
         "scores": dict(zip(predictions.rows.row_ids.tolist(), predictions.rows.probabilities, strict=True)),

@@ -59,9 +59,10 @@ def _score(config: RunConfig, runtime: Runtime) -> tuple[dict[int, float], dict[
     model = build_sharded(config, "joint", statistics, runtime)
     checkpoints = stages.open_checkpoints(config, "joint", statistics, runtime)
     checkpoints.load(checkpoints.latest(), model.dmp)
-    scorer = open_scorer(config, statistics, model, runtime)
+    scorer = open_scorer(config, "joint", statistics, model, runtime)
     assert scorer is not None
-    rows = score_rows_by(scorer, open_split(config, "test", statistics, runtime), runtime).rows
+    reader = open_split(config, "test", statistics, runtime, stage="joint")
+    rows = score_rows_by(scorer, reader, runtime).rows
     return dict(zip(rows.row_ids.tolist(), rows.probabilities, strict=True)), scorer.account()
 
 
@@ -129,7 +130,7 @@ def test_combinations_are_counted_once_and_again_if_damaged(directory):
         for damage in (False, False, True):
             if damage:
                 path.write_bytes(path.read_bytes()[:-50])
-            open_scorer(config, statistics, model, runtime)
+            open_scorer(config, "joint", statistics, model, runtime)
             written.append(path.stat())
     assert written[1].st_mtime_ns == written[0].st_mtime_ns
     assert written[2].st_mtime_ns > written[0].st_mtime_ns

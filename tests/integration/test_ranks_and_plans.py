@@ -104,7 +104,8 @@ def _score(directory: Path, run: NamedRun, runtime: Runtime) -> dict[str, Any]:
     model = build_sharded(config, SCORED, statistics, runtime)
     checkpoints = stages.open_checkpoints(config, SCORED, statistics, runtime)
     checkpoints.load(checkpoints.latest(), model.dmp)
-    predictions: Predictions = score_rows(model.dmp, open_split(config, "test", statistics, runtime), runtime)
+    reader = open_split(config, "test", statistics, runtime, stage=SCORED)
+    predictions: Predictions = score_rows(model.dmp, reader, runtime)
     return {
         "scores": dict(zip(predictions.rows.row_ids.tolist(), predictions.rows.probabilities, strict=True)),
         "metrics": measure(predictions, config, statistics, runtime),

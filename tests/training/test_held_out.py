@@ -25,7 +25,7 @@ def measured(directory, *overrides):
         torch.set_num_threads(1)
         statistics = prepare_data(config, runtime)
         model = build_sharded(config, "pretrain", statistics, runtime)
-        reader = open_split(config, "valid", statistics, runtime)
+        reader = open_split(config, "valid", statistics, runtime, stage="pretrain")
         return measure_reconstruction(model, reader, config.features, runtime)
 
 
