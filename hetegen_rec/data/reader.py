@@ -223,16 +223,19 @@ class Reader:
                 yield batch if self._pins_for is None else batch.pin_memory()
 
     def _strata(self, real_rows: NDArray[np.int64], rows_per_lane: int) -> NDArray[np.float32]:
-        """Places of this rank's rows among the real ones of the step: lanes side by side, in order.
+        """Places of this rank's rows among the real ones of the step: the first of all lanes, the second, ...
+
+        So every rank has all levels of noise. Were the lanes side by side, one rank would have the highest,
+        nearly all of its cells targets, and all others would wait for it.
 
         Args:
             real_rows: [lanes] of the step; the rest of each lane's `rows_per_lane` is padding.
             rows_per_lane: of the step.
         """
-        firsts = (np.cumsum(real_rows) - real_rows)[self._lanes.start : self._lanes.stop]
-        places = (firsts[:, None] + np.arange(rows_per_lane)).ravel()
-        total = real_rows.sum()
-        return ((np.minimum(places, total - 1) + 0.5) / total).astype(np.float32)
+        is_real = np.arange(rows_per_lane)[:, None] < real_rows
+        places = np.maximum(is_real.cumsum().reshape(is_real.shape) - 1, 0)
+        mine = places[:, self._lanes.start : self._lanes.stop].T.ravel()
+        return ((mine + 0.5) / real_rows.sum()).astype(np.float32)
 
 
 def open_reader(

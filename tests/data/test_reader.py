@@ -127,9 +127,18 @@ def test_the_same_lanes_make_the_same_global_batches_on_any_number_of_ranks(shar
 def test_strata_cover_the_real_rows_of_the_global_batch_evenly(shards, num_lanes):
     for step in global_rows(shards, 2, num_lanes=num_lanes, batch_size=3 * num_lanes):
         rows = zip(step["strata"], step["row_ids"], strict=True)
-        strata = [stratum for stratum, row in rows if row >= 0]
+        strata = sorted(stratum for stratum, row in rows if row >= 0)
         assert strata == pytest.approx([(i + 0.5) / len(strata) for i in range(len(strata))])
         assert 0 < min(step["strata"]) <= max(step["strata"]) < 1
+
+
+def test_strata_of_every_rank_cover_all_levels(shards):
+    for step in global_steps(shards, 2, num_lanes=4, batch_size=32):
+        for batch in step:
+            strata = batch.strata[batch.row_ids >= 0]
+            assert strata.mean().item() == pytest.approx(0.5, abs=0.1)
+            assert strata.min() < 0.25
+            assert strata.max() > 0.75
 
 
 def test_epochs_differ_and_repeat(shards):
