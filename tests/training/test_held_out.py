@@ -52,7 +52,7 @@ def test_an_untrained_model_guesses(tmp_path):
     assert intent["cross_entropy"] == pytest.approx(intent["relative"] * intent["chance"], abs=2e-3)
     assert 3 / 64 < intent["top_10"] < 30 / 64
     assert (intent["among"], history["among"]) == ("vocabulary", "candidates")
-    assert history["baseline"] == history["chance"]
+    assert 0.0 < history["baseline"] < history["chance"]  # some items are frequent
     assert all(0.0 <= one["top_1"] <= one["top_10"] <= 1.0 for one in found.values())
 
 
