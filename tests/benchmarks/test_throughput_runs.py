@@ -20,6 +20,7 @@ TINY = [
     "log.rows_per_group=40",
     "train.batch_size=16",
     "train.tensorboard=false",
+    "model.reconstruction.full_softmax_max=8",  # ids have in-batch candidates, as those of a large table
 ]
 
 
