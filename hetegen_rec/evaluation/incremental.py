@@ -14,7 +14,7 @@ from hetegen_rec.config.incremental import Way
 from hetegen_rec.evaluation import plots
 from hetegen_rec.evaluation.page import html_page
 from hetegen_rec.evaluation.page import plots as plots_html
-from hetegen_rec.evaluation.report_sections import PlotCard
+from hetegen_rec.evaluation.report_sections import drawn_cards
 from hetegen_rec.evaluation.tables import number
 from hetegen_rec.files import write_whole
 
@@ -136,14 +136,10 @@ def results_table(results: SequenceResults) -> Table:
 def write_page(results: SequenceResults, directory: Path) -> Path:
     """Writes incremental.html, which needs no other file."""
     path = directory / PAGE_FILE
-    cards = [
-        PlotCard(title, figure, caption)
-        for title, figure, caption in (
-            ("AUC", _figure(results, "auc", "AUC"), "Higher is better."),
-            ("LogLoss", _figure(results, "log_loss", "log loss"), "Lower is better."),
-        )
-        if figure is not None
-    ]
+    cards = drawn_cards(
+        ("AUC", _figure(results, "auc", "AUC"), "Higher is better."),
+        ("LogLoss", _figure(results, "log_loss", "log loss"), "Lower is better."),
+    )
     section = f"<section>{_html_table(results)}\n{plots_html(cards)}</section>"
     span = f"{len(results.periods)} periods, stage {results.stage}, seed {results.seed}"
     header = f'<p class="verdict">{html.escape(span)}</p>'

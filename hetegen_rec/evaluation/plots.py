@@ -30,6 +30,7 @@ _FIELD_COLORS = (
     "#6d5a4e",
 )
 _SIZE = (5.6, 3.6)  # inches: two side by side at 1200 px, one on a phone with its text still legible
+_LONGEST_NAME = 18  # characters of a field beside its line or bar
 STYLE = {
     "font.size": 9.5,
     "text.color": INK,
@@ -137,59 +138,56 @@ def _spread(places: Sequence[float], gap: float) -> list[float]:
     return spread
 
 
-def _short(name: str, length: int = 18) -> str:
+def _short(name: str) -> str:
     """Cuts the middle out of a long name: siblings differ at their ends."""
-    if len(name) <= length:
+    if len(name) <= _LONGEST_NAME:
         return name
-    tail = length // 2
-    return f"{name[: length - tail - 1]}…{name[-tail:]}"
+    tail = _LONGEST_NAME // 2
+    return f"{name[: _LONGEST_NAME - tail - 1]}…{name[-tail:]}"
 
 
 def final_field_losses(stage: StageRecord) -> Figure | None:
     """Bars of the final relative loss, worst on top, with the loss in nats."""
-    final = {name: stage.field_series(name, "relative") for name in stage.field_names}
-    ordered = sorted((name for name, one in final.items() if one), key=lambda name: final[name].last)
-    if not ordered:
+    series = {name: stage.field_series(name, "relative") for name in stage.field_names}
+    final = {name: one.last for name, one in series.items() if one}
+    if not final:
         return None
-    colors = _field_colors(stage.field_names)
-    with _canvas(height=max(_SIZE[1], 0.24 * len(ordered) + 0.9)) as (figure, axes):
-        values = [final[name].last for name in ordered]
-        bars = [colors.get(name, "#aab0bb") for name in ordered]
-        axes.barh(range(len(ordered)), values, color=bars, height=0.68)
-        axes.set_yticks(range(len(ordered)), [_short(name) for name in ordered])
-        for place, name in enumerate(ordered):
-            loss = stage.field_series(name, "loss")
-            text = f"{loss.last:.2f} nats" if loss else f"{values[place]:.2f}"
-            _label_bar(axes, values[place], place, text)
-        axes.axvline(1.0, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
-        axes.set_xlim(0, 1.18 * max(1.0, *values))
-        axes.set_ylim(-0.6, len(ordered) - 0.4)
-        axes.grid(axis="y", visible=False)
-        axes.tick_params(axis="y", length=0, labelcolor=INK)
-        axes.set_xlabel("relative loss $r_f$ at the end (1 = chance)")
-    return figure
+    losses = {name: stage.field_series(name, "loss") for name in final}
+    texts = {
+        name: f"{losses[name].last:.2f} nats" if losses[name] else f"{value:.2f}"
+        for name, value in final.items()
+    }
+    return _field_bars(stage, final, texts, "relative loss $r_f$ at the end (1 = chance)", reference=1.0)
 
 
 def gradient_shares(stage: StageRecord) -> Figure | None:
     """Bars of each field's share of the gradient norm, mean over training, largest on top."""
-    series = {name: stage.field_series(name, "gradient_share") for name in stage.field_names}
-    means = {name: float(one.y.mean()) for name, one in series.items() if one}
-    if not means:
+    shares = stage.mean_gradient_shares
+    if not shares:
         return None
-    ordered = sorted(means, key=lambda name: means[name])
+    texts = {name: f"{100 * share:.1f} %" for name, share in shares.items()}
+    label = "share of the gradient norm, mean over training (dashed: even)"
+    return _field_bars(stage, shares, texts, label, reference=1.0 / len(shares))
+
+
+def _field_bars(
+    stage: StageRecord, values: Mapping[str, float], texts: Mapping[str, str], label: str, reference: float
+) -> Figure:
+    """A bar a field with a text behind it, the largest on top; a dashed line at the reference."""
+    ordered = sorted(values, key=lambda name: values[name])
     colors = _field_colors(stage.field_names)
     with _canvas(height=max(_SIZE[1], 0.24 * len(ordered) + 0.9)) as (figure, axes):
-        values = [means[name] for name in ordered]
-        axes.barh(range(len(ordered)), values, color=[colors.get(n, "#aab0bb") for n in ordered], height=0.68)
+        bars = [colors.get(name, "#aab0bb") for name in ordered]
+        axes.barh(range(len(ordered)), [values[name] for name in ordered], color=bars, height=0.68)
         axes.set_yticks(range(len(ordered)), [_short(name) for name in ordered])
-        for place, value in enumerate(values):
-            _label_bar(axes, value, place, f"{100 * value:.1f} %")
-        axes.axvline(1.0 / len(ordered), color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
-        axes.set_xlim(0, 1.18 * max(values))
+        for place, name in enumerate(ordered):
+            _label_bar(axes, values[name], place, texts[name])
+        axes.axvline(reference, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+        axes.set_xlim(0, 1.18 * max(reference, *values.values()))
         axes.set_ylim(-0.6, len(ordered) - 0.4)
         axes.grid(axis="y", visible=False)
         axes.tick_params(axis="y", length=0, labelcolor=INK)
-        axes.set_xlabel("share of the gradient norm, mean over training (dashed: even)")
+        axes.set_xlabel(label)
     return figure
 
 

@@ -37,6 +37,11 @@ class PlotCard(NamedTuple):
     caption: str
 
 
+def drawn_cards(*candidates: tuple[str, Figure | None, str]) -> list[PlotCard]:
+    """Those of which there was something to draw."""
+    return [PlotCard(title, figure, caption) for title, figure, caption in candidates if figure is not None]
+
+
 @dataclass(frozen=True)
 class Section:
     """A part of the page."""
@@ -167,7 +172,7 @@ def _table(heading: Sequence[str], rows: Sequence[str], kind: str = "") -> str:
 
 
 def _curves(split: str, results: Mapping[str, dict[str, Any]]) -> Iterator[Section]:
-    cards = _cards(
+    cards = drawn_cards(
         ("Slices", plots.slice_bars(results), words.slices_caption(split)),
         (
             "ROC curve",
@@ -187,7 +192,7 @@ def _curves(split: str, results: Mapping[str, dict[str, Any]]) -> Iterator[Secti
 def _fields(stage: StageRecord) -> Iterator[Section]:
     if not stage.field_names:
         return
-    cards = _cards(
+    cards = drawn_cards(
         (
             "Difficulty of every field",
             plots.fields_over_time(stage, plots.DIFFICULTY),
@@ -225,7 +230,7 @@ def _reconstruction_table(split: str, fields: Mapping[str, FieldReconstruction])
 
 
 def _training(record: RunRecord) -> Iterator[Section]:
-    cards = _cards(
+    cards = drawn_cards(
         (
             "AUC on valid",
             plots.valid_auc(record.stages),
@@ -329,7 +334,3 @@ def _model_words(config: Mapping[str, Any]) -> str:
     }
     known = [f"{name} {value}" for name, value in parts.items() if value is not None]
     return "The network: " + ", ".join(known) + "." if known else ""
-
-
-def _cards(*candidates: tuple[str, Figure | None, str]) -> list[PlotCard]:
-    return [PlotCard(title, figure, caption) for title, figure, caption in candidates if figure is not None]

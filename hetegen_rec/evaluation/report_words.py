@@ -159,15 +159,14 @@ def weight_caption(stage: StageRecord) -> str:
 
 def gradient_caption(stage: StageRecord) -> str:
     """What to see in the bars of gradient shares."""
-    shares = {name: stage.field_series(name, "gradient_share") for name in stage.field_names}
-    means = {name: float(one.y.mean()) for name, one in shares.items() if one}
-    if not means:
+    shares = stage.mean_gradient_shares
+    if not shares:
         return "Shares of the gradient norm."
-    largest = max(means, key=lambda name: means[name])
+    largest = max(shares, key=lambda name: shares[name])
     return (
         "Norm of the gradient of each field's relative loss on the last weight that all fields share, before "
         f"weighting, as a share of their sum; mean over training. Dashed: an even share. {largest} has the "
-        f"most: {100 * means[largest]:.0f} %."
+        f"most: {100 * shares[largest]:.0f} %."
     )
 
 

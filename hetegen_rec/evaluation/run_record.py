@@ -16,8 +16,6 @@ from hetegen_rec.evaluation.results import STAGES, FieldReconstruction, StageEva
 
 logger = logging.getLogger(__name__)
 
-FIELD_MEASURES = ("loss", "relative", "difficulty", "weight", "gradient_share", "label_cosine")
-
 
 @dataclass(frozen=True)
 class Series:
@@ -66,17 +64,22 @@ class StageRecord:
         return sorted(final, key=lambda name: -final[name])
 
     def field_series(self, name: str, measure: str) -> Series:
-        """One of FIELD_MEASURES of a field over steps."""
+        """What log.jsonl has of a field over steps, such as its `loss`, `difficulty` or `weight`."""
         return self._series(self.train, "step", ("fields", name, measure))
+
+    @cached_property
+    def mean_gradient_shares(self) -> dict[str, float]:
+        """The share of each field in the norms of gradients, mean over training; of probed stages only."""
+        series = {name: self.field_series(name, "gradient_share") for name in self.field_names}
+        return {name: float(one.y.mean()) for name, one in series.items() if one}
 
     def term_series(self, term: str) -> Series:
         """One term of the training loss over epochs."""
         return self._series(self.train, "epoch", ("terms", term))
 
-    def evaluation_series(self, metric: str, split: str = "valid") -> Series:
-        """A metric of the evaluations during training over epochs."""
-        events = [event for event in self.evaluations if event.get("split", split) == split]
-        return self._series(events, "epoch", (metric,))
+    def evaluation_series(self, metric: str) -> Series:
+        """A metric of the evaluations on valid during training over epochs."""
+        return self._series(self.evaluations, "epoch", (metric,))
 
     @staticmethod
     def _series(events: Sequence[dict[str, Any]], x: str, path: tuple[str, ...]) -> Series:
