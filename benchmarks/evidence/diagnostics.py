@@ -34,10 +34,17 @@ class Generative:
     """Whether the method is on our side of the contest; true without one."""
 
     @cached_property
+    def stages(self) -> list[StageRecord]:
+        """What was kept of it, one a seed."""
+        return [
+            read_run(directory.parent).stages.get(directory.name, StageRecord(directory.name))
+            for directory in self.directories
+        ]
+
+    @property
     def first(self) -> StageRecord:
         """That of the first seed."""
-        directory = self.directories[0]
-        return read_run(directory.parent).stages.get(directory.name, StageRecord(directory.name))
+        return self.stages[0]
 
     @cached_property
     def reconstructions(self) -> list[_Fields]:
@@ -54,9 +61,17 @@ class Generative:
         return objective.get("name") == "diffusion" and balance.get("form") == "uniform"
 
     def mean(self, field: str, measure: str) -> float | None:
-        """A measure of a field's log, on average over training; None if it is not there."""
-        series = self.first.field_series(field, measure)
-        return float(series.y.mean()) if series else None
+        """A measure of a field's log, on average over training and seeds; None if it is not there."""
+        found = self._series(field, measure)
+        return statistics.mean(float(one.y.mean()) for one in found) if found else None
+
+    def num_lines(self, measure: str) -> int:
+        """Lines of the logs of all seeds that have a measure of the fields."""
+        return max(sum(len(one.y) for one in self._series(name, measure)) for name in self.first.field_names)
+
+    def _series(self, field: str, measure: str) -> list[Series]:
+        found = [stage.field_series(field, measure) for stage in self.stages]
+        return [one for one in found if one]
 
 
 def diagnostic_sections(summary: Summary, out: Path) -> Iterator[Section]:
@@ -88,11 +103,11 @@ def _premise(found: Mapping[str, Sequence[Generative]]) -> Iterator[Section]:
     for data_set, methods in found.items():
         uniform = next((one for one in methods if one.is_uniform and _shares(one)), None)
         if uniform is not None:
-            overall.append([data_set, *_dominance(uniform)])
+            overall.append([data_set, *_dominance(uniform), str(uniform.num_lines("gradient_share"))])
             tables.append(_share_table(data_set, uniform))
     if overall:
-        heading = ["data set", "fields", "largest share", "easier half: share", "if even", "rank correlation"]
-        table = Table(heading, overall)
+        of_shares = ["fields", "largest share", "easier half: share", "if even", "rank correlation"]
+        table = Table(["data set", *of_shares, "probed log lines"], overall)
         yield Section("Do easy fields dominate the gradient?", words.PREMISE, tables=[table, *tables])
 
 

@@ -35,7 +35,7 @@ COST = (
 )
 PREMISE = (
     "Norm of the gradient of each field's relative loss on the last weights that all fields share, before "
-    "weighting, as a share of their sum: mean over the generative stage of seed 0, with uniform weights. "
+    "weighting, as a share of their sum: mean over the generative stage and all seeds, with uniform weights. "
     "r is the loss over that of guessing, on average as well. Easier half: the fields with the lowest r. "
     "Rank correlation of r and share: below zero, if the gradient is that of easy fields."
 )

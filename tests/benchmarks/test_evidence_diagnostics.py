@@ -39,12 +39,15 @@ def reconstruction(top_1: float) -> dict:
     return {"hard": found, "easy": {**one, **nothing}}
 
 
-def leave_stage(directory: Path, form: str, top_1: float | None, probed: bool = True) -> None:
+def leave_stage(
+    directory: Path, form: str, top_1: float | None, probed: bool = True, objective: str = "diffusion"
+) -> None:
     """What a pre-training leaves of its fields."""
     directory.mkdir(parents=True)
     lines = [log_line(step, 1.0 if form == "uniform" else step, probed) for step in (1, 2)]
     (directory / "log.jsonl").write_text("\n".join(lines))
-    (directory / "config.yaml").write_text(yaml.safe_dump({"model": {"balance": {"form": form}}}))
+    model = {"balance": {"form": form}, "objective": {"name": objective}}
+    (directory / "config.yaml").write_text(yaml.safe_dump({"model": model}))
     if top_1 is not None:
         about = {"run": "", "stage": "pretrain", "checkpoint": "", "step": 2, "splits": {}}
         about["reconstruction"] = {"valid": reconstruction(top_1)}
@@ -71,13 +74,19 @@ def test_without_logs_there_is_nothing_to_say(tmp_path, plan):
 
 
 def test_gradient_shares_are_those_of_uniform_weights(tmp_path, plan):
-    leave_stage(tmp_path / "ads" / "uniform" / "0" / "pretrain", "uniform", None)
+    for seed in "01":
+        leave_stage(tmp_path / "ads" / "uniform" / seed / "pretrain", "uniform", None)
     leave_stage(tmp_path / "shop" / "difficulty" / "0" / "pretrain", "difficulty", None)
     text = page(plan, tmp_path).split("## Do easy fields dominate the gradient?")[1].split("## ")[0]
     # The easier half are `easy` and `easier`: 0.2 + 0.4; ranks of r 2, 1, 3, 4 and of shares 2, 4, 3, 1.
-    assert "| ads | 4 | easier: 40 % | 60 % | 50 % | -0.80 |" in text
+    assert "| ads | 4 | easier: 40 % | 60 % | 50 % | -0.80 | 4 |" in text
     assert "| easier | 40.0 % | 1.60 | 0.20 | +0.25 |\n| hard | 30.0 % | 1.20 | 0.80 | +0.25 |" in text
     assert "shop" not in text
+
+
+def test_gradient_shares_are_not_those_of_another_objective(tmp_path, plan):
+    leave_stage(tmp_path / "ads" / "uniform" / "0" / "pretrain", "uniform", None, objective="masked_features")
+    assert "gradient?" not in page(plan, tmp_path)
 
 
 def test_runs_without_probes_say_nothing_of_gradients(tmp_path, plan):
