@@ -113,13 +113,24 @@ class Statistics:
         Under dropout the values that keep their id count. Reserved and unseen ids get the log share
         of half an occurrence.
         """
-        counts = self.fields[field].counts.astype(np.float64)
-        counts[:NUM_RESERVED_IDS] = 0
-        if oov_dropout:
-            counts *= 1.0 - drop_probability(self.lookups(self.fields[field].table), oov_dropout)
+        counts = self._kept(field, oov_dropout)
         total = max(counts.sum(), 1.0)
         shares: npt.NDArray[np.float64] = np.log(np.maximum(counts, _UNSEEN_COUNT) / total)
         return shares.astype(np.float32)
+
+    def entropy(self, field: str, oov_dropout: float = 0.0) -> float:
+        """Entropy in nats of the field's in-vocabulary training values; under dropout of those that keep
+        their id.
+        """
+        return entropy_of(self._kept(field, oov_dropout)) if oov_dropout else self.fields[field].entropy
+
+    def _kept(self, field: str, oov_dropout: float) -> npt.NDArray[np.float64]:
+        """[num_ids] expected in-vocabulary training values of each id, dropped ones left out."""
+        counts: npt.NDArray[np.float64] = self.fields[field].counts.astype(np.float64)
+        counts[:NUM_RESERVED_IDS] = 0
+        if oov_dropout:
+            counts *= 1.0 - drop_probability(self.lookups(self.fields[field].table), oov_dropout)
+        return counts
 
     def lookups(self, table: str) -> npt.NDArray[np.float64]:
         """[num_ids] lookups of each table row in all training rows, over all fields on the table.
@@ -188,6 +199,13 @@ def drop_probability(lookups: npt.NDArray[np.float64], oov_dropout: float) -> np
     probability = oov_dropout / (oov_dropout + lookups)
     probability[:NUM_RESERVED_IDS] = 0.0
     return probability
+
+
+def entropy_of(counts: npt.NDArray[np.int64] | npt.NDArray[np.float64]) -> float:
+    """Entropy in nats of a distribution by its counts; 0 if there are none."""
+    seen = counts[counts > 0]
+    shares = seen / seen.sum()
+    return float(max(-(shares * np.log(shares)).sum(), 0.0))
 
 
 def write_statistics(

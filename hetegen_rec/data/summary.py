@@ -11,7 +11,7 @@ from hetegen_rec.config.schema import NUM_RESERVED_IDS, Field, ReservedId, Schem
 from hetegen_rec.data.accumulators import Counter, FieldAccumulator, HashCounter, Histogram, ValueCounter
 from hetegen_rec.data.columns import ValueType
 from hetegen_rec.data.errors import DataError
-from hetegen_rec.data.statistics import FieldStatistics
+from hetegen_rec.data.statistics import FieldStatistics, entropy_of
 from hetegen_rec.data.vocabulary import (
     BucketVocabulary,
     ExactVocabulary,
@@ -81,7 +81,7 @@ def summarise_table(
                 num_out_of_vocabulary=int(counts[ReservedId.OUT_OF_VOCABULARY]),
                 cardinality=_cardinality(field.counter),
                 num_ids=vocabulary.num_ids,
-                entropy=_entropy(counts[NUM_RESERVED_IDS:]),
+                entropy=entropy_of(counts[NUM_RESERVED_IDS:]),
                 counts=counts,
                 bucket_edges=edges,
                 table=table,
@@ -168,9 +168,3 @@ def _cardinality(counter: Counter) -> int:
     if isinstance(counter, HashCounter | Histogram):
         return counter.distinct.estimate
     return len(_values_of(counter))
-
-
-def _entropy(counts: npt.NDArray[np.int64]) -> float:
-    seen = counts[counts > 0]
-    shares = seen / max(seen.sum(), 1)
-    return float(max(-(shares * np.log(shares)).sum(), 0.0))

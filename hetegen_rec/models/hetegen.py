@@ -68,10 +68,11 @@ class HeteGenNetwork(ClickNetwork):
         stage: Stage,
         *,
         table_l2: float = 0.0,
+        oov_dropout: float = 0.0,
         autocast: bool = False,
     ) -> None:
         super().__init__(schema, statistics, model, stage, table_l2=table_l2, autocast=autocast)
-        self.reconstruction, self.corruption = make_objective(schema, statistics, model)
+        self.reconstruction, self.corruption = make_objective(schema, statistics, model, oov_dropout)
         self.fields = self.reconstruction.fields
         self.denoiser = Denoiser(len(schema.tokens), model.dim, model.denoiser)
         self.difficulty = make_difficulty(len(self.fields), model.balance)
@@ -266,17 +267,20 @@ def build_model(
         ConfigError: the stage cannot train this model on these data.
     """
     torch.manual_seed(seed)
-    is_baseline = stage == "scratch" and model.backbone.name != "hetegen"
-    kind = BackboneNetwork if is_baseline else HeteGenNetwork
-    network = kind(
-        schema,
-        statistics,
-        model,
-        stage,
-        table_l2=stage_config.table_l2,
-        autocast=train.precision == "bf16",
-    )
-    if isinstance(network, HeteGenNetwork):
+    table_l2, autocast = stage_config.table_l2, train.precision == "bf16"
+    network: ClickNetwork
+    if stage == "scratch" and model.backbone.name != "hetegen":
+        network = BackboneNetwork(schema, statistics, model, stage, table_l2=table_l2, autocast=autocast)
+    else:
+        network = HeteGenNetwork(
+            schema,
+            statistics,
+            model,
+            stage,
+            table_l2=table_l2,
+            oov_dropout=stage_config.oov_dropout,
+            autocast=autocast,
+        )
         network.probe_every = train.probe_gradients_every
         _check_reconstruction(network)
     return HeteGen(build_tables(schema, table_shapes(schema, statistics, model.dim)), network)

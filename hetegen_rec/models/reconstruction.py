@@ -38,7 +38,8 @@ class RowLosses:
     targets with K other values to choose from each."""
     baseline: Tensor
     """[F]: cross-entropy of a guess that knows how often, but not where: for a full softmax the entropy of
-    the field's marginal distribution, for a sampled one that of the values of this rank's batch."""
+    the field's marginal distribution, without what dropout takes from the targets, for a sampled one that of
+    the values of this rank's batch."""
     rank: Tensor | None = None
     """[B, F] int64: how many of the values it chooses from the head likes no less than the true one (of a
     set of true values, than the best of them). None in training, and for heads that do not choose."""
@@ -132,18 +133,26 @@ class FullSoftmax(nn.Module):
     columns: Tensor
     chance: Tensor
     baseline: Tensor
+    held_out_baseline: Tensor
 
-    def __init__(self, schema: Schema, statistics: Statistics, names: list[str], dim: int) -> None:
+    def __init__(
+        self, schema: Schema, statistics: Statistics, names: list[str], dim: int, oov_dropout: float = 0.0
+    ) -> None:
         super().__init__()
         self.positions = {name: schema.span(name)[0] for name in names}
         self.register_buffer("columns", torch.tensor(list(self.positions.values())), persistent=False)
         self.bags = {name for name in names if schema.field(name).kind == "multi_valued"}
         sizes = {name: statistics.table_rows(name) - NUM_RESERVED_IDS for name in names}
         self.classes = nn.ModuleDict({name: nn.Linear(dim, size) for name, size in sizes.items()})
-        entropies = [max(statistics.fields[name].entropy, _LEAST_BASELINE) for name in names]
+        # A dropped cell is no target. Where rows are only scored none is dropped.
+        trained, held_out = (
+            [max(statistics.entropy(name, dropout), _LEAST_BASELINE) for name in names]
+            for dropout in (oov_dropout, 0.0)
+        )
         chances = [math.log(size) for size in sizes.values()]
         self.register_buffer("chance", torch.tensor(chances), persistent=False)
-        self.register_buffer("baseline", torch.tensor(entropies), persistent=False)
+        self.register_buffer("baseline", torch.tensor(trained), persistent=False)
+        self.register_buffer("held_out_baseline", torch.tensor(held_out), persistent=False)
 
     def forward(self, hidden: Tensor, batch: Batch, corrupted: Corrupted) -> RowLosses:
         """hidden [B, T + 1, D] -> losses of these fields."""
@@ -158,7 +167,8 @@ class FullSoftmax(nn.Module):
                 ranks.append(self.rank(name, logits, batch))
         loss = torch.where(targets, torch.stack(losses, dim=1), 0.0)
         rank = torch.stack(ranks, dim=1) if ranks else None
-        return RowLosses(loss, targets, self.chance, self.baseline, rank)
+        baseline = self.baseline if self.training else self.held_out_baseline
+        return RowLosses(loss, targets, self.chance, baseline, rank)
 
     def logits(self, name: str, hidden: Tensor) -> Tensor:
         """Hidden vectors [B, D] of one field's token -> [B, V] over its ids from 2 up."""
@@ -323,13 +333,17 @@ class Heads(nn.Module, ABC):
 class Reconstruction(Heads):
     """The values of noised cells, by a softmax of either kind."""
 
-    def __init__(self, schema: Schema, statistics: Statistics, model: ModelConfig) -> None:
+    def __init__(
+        self, schema: Schema, statistics: Statistics, model: ModelConfig, oov_dropout: float = 0.0
+    ) -> None:
         super().__init__()
         self.full_fields, self.sampled_fields = split_fields(schema, statistics, model)
         self.fields = [*self.full_fields, *self.sampled_fields]
         dim = model.dim
         # A head without fields would hold parameters that never get a gradient.
-        self.full = FullSoftmax(schema, statistics, self.full_fields, dim) if self.full_fields else None
+        self.full = (
+            FullSoftmax(schema, statistics, self.full_fields, dim, oov_dropout) if self.full_fields else None
+        )
         self.sampled = (
             SampledSoftmax(schema, self.sampled_fields, dim, model.reconstruction)
             if self.sampled_fields

@@ -171,6 +171,17 @@ def test_entropy_is_that_of_the_ids() -> None:
     assert statistics_of(rows).fields["item"].entropy == pytest.approx(math.log(2))
 
 
+def test_entropy_under_dropout_is_that_of_the_values_that_keep_their_id() -> None:
+    statistics = statistics_of([row(item=item) for item in (1, 1, 1, 1, 2, 2, 3, 3)])
+    # The ids were seen 4, 2 and 2 times, of which n^2 / (4 + n) stay: 2, 2/3 and 2/3.
+    expected = -(0.6 * math.log(0.6) + 2 * 0.2 * math.log(0.2))
+    assert statistics.entropy("item", oov_dropout=4.0) == pytest.approx(expected)
+    # Nearly all are dropped: n^2 of each stay, 16, 4 and 4 of 24.
+    limit = -(2 / 3 * math.log(2 / 3) + 2 / 6 * math.log(1 / 6))
+    assert statistics.entropy("item", oov_dropout=1e9) == pytest.approx(limit)
+    assert statistics.entropy("item") == statistics.fields["item"].entropy
+
+
 def test_saved_statistics_load_memory_mapped_and_equal(tmp_path) -> None:
     statistics = statistics_of([row(item=1, price=2.0), row(item=1, price=3.0)])
     statistics.save(tmp_path)

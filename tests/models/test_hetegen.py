@@ -414,3 +414,16 @@ def test_nothing_to_reconstruct_is_an_error(stage):
     with pytest.raises(ValueError, match=f"`{stage}` has nothing to reconstruct"):
         build_model(schema, log().statistics, model_config(), TrainConfig(), stage, StageConfig(), 0)
     build_model(schema, log().statistics, model_config(), TrainConfig(), "scratch", StageConfig(), 0)
+
+
+def test_in_training_the_baseline_of_a_full_softmax_is_the_entropy_under_the_dropout_of_the_stage():
+    """Dropped cells are no targets, and rows that are scored have none."""
+    statistics, config = log().statistics, StageConfig(oov_dropout=5.0)
+    model = build_model(SCHEMA, statistics, model_config(), TrainConfig(), "pretrain", config, 0)
+    batch = log().batch()
+    tokens = torch.randn(batch.num_rows, len(TOKENS), model_config().dim)
+    for is_training, dropout in ((True, 5.0), (False, 0.0)):
+        _, _, losses = model.network.train(is_training).reconstruct(tokens, batch.ids >= 0, batch)
+        found = losses.baseline[: len(FULL)].tolist()
+        assert found == pytest.approx([statistics.entropy(name, dropout) for name in FULL], rel=1e-6)
+    assert all(statistics.entropy(name, 5.0) < statistics.entropy(name) for name in FULL)

@@ -10,8 +10,10 @@ from hetegen_rec.models.objectives.replaced_features import Replacement, Replace
 from hetegen_rec.models.reconstruction import Heads, Reconstruction, split_fields
 
 
-def make_objective(schema: Schema, statistics: Statistics, model: ModelConfig) -> tuple[Heads, Corruption]:
-    """What is predicted of a row, and how the row is corrupted before."""
+def make_objective(
+    schema: Schema, statistics: Statistics, model: ModelConfig, oov_dropout: float = 0.0
+) -> tuple[Heads, Corruption]:
+    """What is predicted of a row under table dropout, and how the row is corrupted before."""
     objective = model.objective
     if objective.name == "replaced_features":
         full, sampled = split_fields(schema, statistics, model)
@@ -21,7 +23,7 @@ def make_objective(schema: Schema, statistics: Statistics, model: ModelConfig) -
     if objective.name == "masked_features":
         contrast = NoiseContrast(schema, statistics, model)
         return contrast, ShareMasking(schema, model.dim, objective.share)
-    heads = Reconstruction(schema, statistics, model)
+    heads = Reconstruction(schema, statistics, model, oov_dropout)
     if objective.name == "next_item":
         names = [*heads.fields, *(objective.masked or ())]
         return heads, ItemMasking(schema, model.dim, names)
