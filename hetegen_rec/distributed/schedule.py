@@ -36,27 +36,25 @@ class LearningRates:
     a step and before the next `zero_grad()`. Groups with `scheduled: False` keep their rate.
     """
 
-    def __init__(self, optimizer: KeyedOptimizer, total_steps: int, warmup: float, decay: Decay) -> None:
-        """Takes the groups' present rates as their bases, and sets the rates of step 0.
+    def __init__(
+        self, optimizer: KeyedOptimizer, total_steps: int, warmup: float, decay: Decay, step: int = 0
+    ) -> None:
+        """Takes the groups' present rates as their bases, and sets the rates of a step.
 
         Args:
             optimizer: from `make_optimizer`.
             total_steps: steps of the stage.
             warmup: share of the steps that warm up.
             decay: form of the fall after it.
+            step: steps taken so far.
         """
         self._groups: list[dict[str, Any]] = list(optimizer.param_groups)
         self._bases = [float(group["lr"]) for group in self._groups]
         self._total_steps = total_steps
         self._warmup = warmup
         self._decay: Decay = decay
-        self._step = 0
+        self._step = step
         self._apply()
-
-    @property
-    def factor(self) -> float:
-        """The present share of the base rates."""
-        return rate_factor(self._step, self._total_steps, self._warmup, self._decay)
 
     def advance(self) -> None:
         """Moves on by one step."""
@@ -67,17 +65,8 @@ class LearningRates:
         """The present rate of each kind of parameter: `tables`, `dense`, `difficulty`."""
         return {group.get("name", "tables"): group["lr"] for group in self._groups}
 
-    def state_dict(self) -> dict[str, int]:
-        """The number of steps taken."""
-        return {"step": self._step}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continues from another schedule's number of steps."""
-        self._step = state["step"]
-        self._apply()
-
     def _apply(self) -> None:
-        factor = self.factor
+        factor = rate_factor(self._step, self._total_steps, self._warmup, self._decay)
         for group, base in zip(self._groups, self._bases, strict=True):
             if group.get("scheduled", True):
                 group["lr"] = base * factor

@@ -92,8 +92,7 @@ class Trainer:
         self.guard = NumericalGuard(model.network, config.features, config.train, runtime)
         self.guard.skipped_steps = state.skipped_steps
         budget = self.stage_config
-        self.rates = LearningRates(optimizer, self.total_steps, budget.warmup, budget.decay)
-        self.rates.load_state_dict({"step": state.step})
+        self.rates = LearningRates(optimizer, self.total_steps, budget.warmup, budget.decay, state.step)
         self._pipeline = make_pipeline(model.dmp, self.guard.gated(optimizer), config.train, runtime.device)
         self._meter = Meter()
         self._rows_per_step = rows_per_step(config, runtime)
