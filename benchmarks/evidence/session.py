@@ -27,7 +27,7 @@ def carry_out(plan: Plan, ledger: Ledger, execute: Execute, cores: Sequence[int]
         cores: how many at a time, and where.
         tell: called as runs end.
     """
-    progress = _Progress(plan, ledger, len(cores))
+    progress = _Progress(plan, ledger)
     free = list(cores)
     running: dict[Future[Record], tuple[AnyRun, int]] = {}
     with ThreadPoolExecutor(len(cores)) as pool:
@@ -69,8 +69,8 @@ def stopping_on_signals(workers: Workers) -> Iterator[None]:
 class _Progress:
     """What of a session is done, and how long the rest may take."""
 
-    def __init__(self, plan: Plan, ledger: Ledger, side_by_side: int) -> None:
-        self._plan, self._ledger, self._side_by_side = plan, ledger, side_by_side
+    def __init__(self, plan: Plan, ledger: Ledger) -> None:
+        self._plan, self._ledger = plan, ledger
         self._start = time.monotonic()
         self._num_ended = 0
         self.failed: set[str] = set()

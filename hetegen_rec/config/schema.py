@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, PositiveInt, model_validator
 from torch import nn
 
 from hetegen_rec.config.errors import Section
+from hetegen_rec.config.values import as_tuple
 
 FieldKind: TypeAlias = Literal["id", "categorical", "numeric", "multi_valued", "sequence"]
 VocabularyKind: TypeAlias = Literal["vocab", "hash", "buckets"]
@@ -151,10 +152,6 @@ class Field(Section):
         return self.table or self.name
 
 
-def _as_tuple(value: object) -> object:
-    return tuple(value) if isinstance(value, list) else value
-
-
 class Schema(Section):
     """What a row of the data holds."""
 
@@ -166,7 +163,7 @@ class Schema(Section):
     """Optional field whose raw value groups rows for GAUC and the cold-start slices."""
     item: str | None = None
     """Optional field whose raw value defines the long-tail slice."""
-    fields: Annotated[tuple[Field, ...], BeforeValidator(_as_tuple)]
+    fields: Annotated[tuple[Field, ...], BeforeValidator(as_tuple)]
 
     @model_validator(mode="after")
     def _check(self) -> "Schema":

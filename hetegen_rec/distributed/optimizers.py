@@ -103,7 +103,9 @@ def make_optimizer(
     if replicated:
         parts.append(_replicated_tables_optimizer(replicated, stage, table_optimizer))
     if difficulty:
-        parts.append(_keyed(difficulty, lambda values: _difficulty_optimizer(values, difficulty_lr)))
+        parts.append(
+            KeyedOptimizerWrapper(difficulty, lambda values: _difficulty_optimizer(values, difficulty_lr))
+        )
     if dense:
         parts.append(_dense_optimizer(dense, matrices(model, dense), stage))
     return CombinedOptimizer(parts)
@@ -170,13 +172,6 @@ def _split(model: DistributedModelParallel) -> tuple[dict[str, nn.Parameter], ..
     return tables, difficulty, dense
 
 
-def _keyed(
-    parameters: dict[str, nn.Parameter],
-    factory: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
-) -> KeyedOptimizerWrapper:
-    return KeyedOptimizerWrapper(parameters, factory)
-
-
 def _difficulty_optimizer(parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
     return torch.optim.SGD([{"params": parameters, "name": "difficulty", "scheduled": False}], lr=lr)
 
@@ -190,7 +185,7 @@ def _replicated_tables_optimizer(
             f"take data_parallel off distributed.tables, or use one of {', '.join(_DENSE)}"
         )
     settings = _settings(name, stage)
-    optimizer = _keyed(tables, lambda values: _DENSE[name](values, **settings))
+    optimizer = KeyedOptimizerWrapper(tables, lambda values: _DENSE[name](values, **settings))
     _allocate_state(optimizer)
     if stage.max_grad_norm is None:
         return optimizer
@@ -209,7 +204,7 @@ def _dense_optimizer(
         filled = [{**group, "name": "dense"} for group in groups if group["params"]]
         return torch.optim.AdamW(filled, lr=stage.dense_lr, fused=True)
 
-    optimizer = _keyed(parameters, adamw)
+    optimizer = KeyedOptimizerWrapper(parameters, adamw)
     _allocate_state(optimizer)
     if stage.max_grad_norm is None:
         return optimizer
