@@ -102,11 +102,11 @@ def input_fingerprint(
     data: DataConfig, files: Mapping[Split, Sequence[str]], kept_ids: Mapping[str, object]
 ) -> str:
     """Identifies the raw files, the ids to keep, and the settings that shape what is written from them."""
-    stamps = {split: [_stamp(path) for path in paths] for split, paths in files.items()}
+    stamps = {split: [_file_identity(path) for path in paths] for split, paths in files.items()}
     return digest_of([stamps, kept_ids, data.encode, data.rows_per_group])
 
 
-def _stamp(path: str) -> list[str | int]:
+def _file_identity(path: str) -> list[str | int]:
     """Name, size and time of change; a file that is not there is found out when it is read."""
     try:
         if "://" not in path:

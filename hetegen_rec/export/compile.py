@@ -66,7 +66,7 @@ def compile_graph(graph: ScoringGraph, tables: list[Tensor], backend: Backend, r
     (root / DIRECTORY).mkdir(exist_ok=True)
     name = f"{DIRECTORY}/{backend}.pt2"
     ids = torch.zeros(EXAMPLE_ROWS, graph.layout.num_slots, dtype=torch.int64)
-    part = Part(graph, (ids, tables), ({0: ROWS}, table_shapes(tables)))
+    part = Part(graph, (ids, tables), ({0: ROWS}, free_sizes(tables)))
     return _WRITERS[backend](_program(part), root, name)
 
 
@@ -77,7 +77,7 @@ def compile_part(part: Part, name: PartName, backend: Backend, root: Path) -> st
     return file
 
 
-def table_shapes(tables: list[Tensor]) -> list[Any]:
+def free_sizes(tables: list[Tensor]) -> list[Any]:
     """Which sizes of a graph's tables are free."""
     # The first argument of each group says where tables begin; only the others have a row per table row.
     return [None if table.dtype == torch.int64 else {0: Dim.DYNAMIC} for table in tables]

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from hetegen_rec.config.errors import ConfigError
 from hetegen_rec.config.export import TablePrecision
-from hetegen_rec.export.lookup import GroupSlots, Lookup
+from hetegen_rec.export.lookup import GraphLookup, GroupSlots
 from hetegen_rec.scoring.layout import FieldSlots, Layout
 from hetegen_rec.scoring.precision import FUSED, Parts
 
@@ -68,18 +68,18 @@ def fused_encoder(precision: TablePrecision, dims: Mapping[str, int]) -> Callabl
     return encode
 
 
-class FbgemmLookup(Lookup):
+class FbgemmLookup(GraphLookup):
     """One call of the operator for each width of tables."""
 
     def __init__(self, layout: Layout, dims: dict[str, int], precision: TablePrecision) -> None:
-        """See `Lookup`."""
-        super().__init__(layout, dims, precision)
+        """See `GraphLookup`."""
+        super().__init__(layout, dims)
         self._lookups = nn.ModuleList(
             _GroupLookup(group, self._fields, _TYPES[precision]) for group in self.groups
         )
 
     def forward(self, ids: Tensor, present: Tensor, tables: Sequence[Tensor]) -> list[Tensor]:
-        """See `Lookup.forward`; each group has one array behind its first rows, [rows, bytes] uint8."""
+        """See `GraphLookup.forward`; each group has one array behind its first rows, [rows, bytes] uint8."""
         found: dict[str, Tensor] = {}
         for number, lookup in enumerate(self._lookups):
             first_rows, rows = tables[2 * number : 2 * number + 2]

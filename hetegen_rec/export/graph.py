@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hetegen_rec.config.export import Backend, DensePrecision, TablePrecision
 from hetegen_rec.export.attention import attend_by_products
 from hetegen_rec.export.fbgemm import FbgemmLookup
-from hetegen_rec.export.lookup import Lookup, PlainLookup
+from hetegen_rec.export.lookup import GraphLookup, PlainLookup
 from hetegen_rec.models.network import ClickNetwork
 from hetegen_rec.scoring.layout import FieldSlots, Layout
 
@@ -19,7 +19,7 @@ _TRAINING_ONLY = ("reconstruction", "corruption")
 """Parts of a network that score nothing."""
 
 
-_LOOKUPS: Mapping[Backend, type[Lookup]] = MappingProxyType(
+_LOOKUPS: Mapping[Backend, type[PlainLookup | FbgemmLookup]] = MappingProxyType(
     {"aten": PlainLookup, "aoti": PlainLookup, "fbgemm": FbgemmLookup}
 )
 
@@ -31,7 +31,7 @@ class TokensOfIds(nn.Module):
     shared between processes, and changed without compiling anything anew.
     """
 
-    def __init__(self, layout: Layout, lookup: Lookup, projections: nn.ModuleDict) -> None:
+    def __init__(self, layout: Layout, lookup: GraphLookup, projections: nn.ModuleDict) -> None:
         """Puts lookup and projections together.
 
         Args:

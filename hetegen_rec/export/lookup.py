@@ -34,21 +34,19 @@ def group_slots(layout: Layout, dims: dict[str, int]) -> list[GroupSlots]:
     ]
 
 
-class Lookup(ABC, nn.Module):
-    """Finds the vectors of a batch. Made of a layout, the width of each table, and how rows are stored."""
+class GraphLookup(ABC, nn.Module):
+    """Finds the vectors of a batch. Back ends are also told how rows are stored."""
 
-    def __init__(self, layout: Layout, dims: dict[str, int], precision: TablePrecision) -> None:
+    def __init__(self, layout: Layout, dims: dict[str, int]) -> None:
         """Lays out the slots.
 
         Args:
             layout: the slots of a row.
             dims: width of each table.
-            precision: how rows are stored.
         """
         super().__init__()
         self._fields = layout.fields
         self.groups = group_slots(layout, dims)
-        self._precision = precision
 
     @abstractmethod
     def forward(self, ids: Tensor, present: Tensor, tables: Sequence[Tensor]) -> list[Tensor]:
@@ -64,12 +62,12 @@ class Lookup(ABC, nn.Module):
         """
 
 
-class PlainLookup(Lookup):
+class PlainLookup(GraphLookup):
     """Gathers rows and decodes them, in operations that any back end knows."""
 
     def __init__(self, layout: Layout, dims: dict[str, int], precision: TablePrecision) -> None:
-        """See `Lookup`."""
-        super().__init__(layout, dims, precision)
+        """See `GraphLookup`."""
+        super().__init__(layout, dims)
         self._coding = CODINGS[precision]
         self._place = {
             slot: (number, group.slots.index(slot))
@@ -78,7 +76,7 @@ class PlainLookup(Lookup):
         }
 
     def forward(self, ids: Tensor, present: Tensor, tables: Sequence[Tensor]) -> list[Tensor]:
-        """See `Lookup.forward`."""
+        """See `GraphLookup.forward`."""
         rows = self._rows(ids, present, list(tables))
         fields = []
         for one in self._fields:

@@ -10,7 +10,7 @@ from hetegen_rec.config.export import ExportConfig
 from hetegen_rec.config.schema import NUM_RESERVED_IDS, Field, ReservedId, Schema
 from hetegen_rec.data.hashing import hash_bucket_torch, mix64_torch, salt_of
 from hetegen_rec.data.statistics import Statistics
-from hetegen_rec.export.compile import EXAMPLE_ROWS, ROWS, Part, table_shapes
+from hetegen_rec.export.compile import EXAMPLE_ROWS, ROWS, Part, free_sizes
 from hetegen_rec.export.graph import ScoringGraph
 from hetegen_rec.scoring.layout import NO_ID, FieldSlots, Layout
 from hetegen_rec.scoring.manifest import PartName
@@ -28,7 +28,7 @@ def parts_of(
         statistics: of the training rows.
     """
     parts: dict[PartName, Part] = {}
-    layout, free, of_tables = graph.layout, {0: ROWS}, table_shapes(tables)
+    layout, free, of_tables = graph.layout, {0: ROWS}, free_sizes(tables)
     if set(config.strategies) - {"plain"}:
         ids = torch.zeros(EXAMPLE_ROWS, layout.num_slots, dtype=torch.int64)
         parts["tokens"] = Part(graph.tokens, (ids, tables), (free, of_tables))

@@ -46,7 +46,7 @@ class Cost:
         }
 
 
-class Scorer:
+class StrategyScorer:
     """A strategy on a sharded model: one sharded lookup a batch, whatever the strategy then does.
 
     Seconds are measured on batches 1, 2, 4, 8 and so on, which are scored plainly once more for it.

@@ -72,7 +72,7 @@ class CheckpointInfo:
     """What the trainer put beside it: stage, progress, metrics, plan."""
 
 
-def schema_fingerprint(schema: Schema) -> str:
+def full_schema_fingerprint(schema: Schema) -> str:
     """Digest of everything in a schema, equal for equal schemas only."""
     text = json.dumps(schema.model_dump(mode="json"), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -137,7 +137,7 @@ class Checkpoints:
         Args:
             location: directory or URL; holds `step-N` directories.
             runtime: this process's view of the job.
-            fingerprint: of the schema of the model at hand, see `schema_fingerprint`.
+            fingerprint: of the schema of the model at hand, see `full_schema_fingerprint`.
             identities: by table, which value each of its rows stands for.
         """
         self.store = Store(location)

@@ -25,7 +25,7 @@ from hetegen_rec.evaluation.predictions import Predictions
 from hetegen_rec.evaluation.slices import head_threshold
 from hetegen_rec.inference.building import TrainedModel, build_strategy
 from hetegen_rec.inference.lookup import Lookup
-from hetegen_rec.inference.scorer import Scorer
+from hetegen_rec.inference.scorer import StrategyScorer
 from hetegen_rec.models.network import Outputs
 from hetegen_rec.training.setup import ShardedModel, open_split
 
@@ -56,14 +56,14 @@ def score_rows(
     return _collect(reader, runtime, probabilities, before_batch)
 
 
-def score_rows_by(scorer: Scorer, reader: Reader, runtime: Runtime) -> Predictions:
+def score_rows_by(scorer: StrategyScorer, reader: Reader, runtime: Runtime) -> Predictions:
     """This rank's share of a split, scored by a test-time strategy. A collective."""
     return _collect(reader, runtime, scorer.probabilities)
 
 
 def open_scorer(
     config: RunConfig, stage: Stage, statistics: Statistics, model: ShardedModel, runtime: Runtime
-) -> Scorer | None:
+) -> StrategyScorer | None:
     """The strategy of `inference.strategy` on the trained model of a stage; None for `plain`. A collective.
 
     Raises:
@@ -78,7 +78,7 @@ def open_scorer(
         return open_split(config, split, statistics, runtime, stage=stage)
 
     trained = TrainedModel(config, statistics, lookup, runtime, open_rows)
-    return Scorer(lookup, name, build_strategy(trained, name), runtime)
+    return StrategyScorer(lookup, name, build_strategy(trained, name), runtime)
 
 
 def _collect(

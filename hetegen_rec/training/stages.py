@@ -33,7 +33,12 @@ from hetegen_rec.training.attempts import (
     is_of_job,
     knows_configuration,
 )
-from hetegen_rec.training.checkpoint import CheckpointError, CheckpointInfo, Checkpoints, schema_fingerprint
+from hetegen_rec.training.checkpoint import (
+    CheckpointError,
+    CheckpointInfo,
+    Checkpoints,
+    full_schema_fingerprint,
+)
 from hetegen_rec.training.checkpoint_writer import CheckpointWriter
 from hetegen_rec.training.logs import RunLog
 from hetegen_rec.training.progress import RowsProgress
@@ -197,7 +202,7 @@ def open_checkpoints(
     return Checkpoints(
         config.checkpoints_dir(stage),
         runtime,
-        schema_fingerprint(config.features),
+        full_schema_fingerprint(config.features),
         statistics.table_identities,
     )
 

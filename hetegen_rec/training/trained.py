@@ -18,7 +18,7 @@ from hetegen_rec.evaluation.results import (
     read_evaluation,
     write_evaluation,
 )
-from hetegen_rec.inference.scorer import Scorer
+from hetegen_rec.inference.scorer import StrategyScorer
 from hetegen_rec.training import stages
 from hetegen_rec.training.checkpoint import CheckpointInfo, Checkpoints
 from hetegen_rec.training.held_out import measure_reconstruction
@@ -98,7 +98,7 @@ class TrainedStage:
 
     choice: Choice
     model: ShardedModel
-    scorer: Scorer | None
+    scorer: StrategyScorer | None
     """The strategy of `inference.strategy`; None for `plain`."""
 
     def score(self, reader: Reader) -> Predictions:

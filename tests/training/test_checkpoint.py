@@ -18,7 +18,7 @@ from hetegen_rec.config import Schema
 from hetegen_rec.config.schema import Field
 from hetegen_rec.distributed.runtime import Runtime, start_runtime
 from hetegen_rec.sealing import sealed, unsealed
-from hetegen_rec.training.checkpoint import CheckpointError, read_info, schema_fingerprint
+from hetegen_rec.training.checkpoint import CheckpointError, full_schema_fingerprint, read_info
 from hetegen_rec.training.checkpoint_writer import Best
 
 TRAINED = 3
@@ -355,6 +355,6 @@ def test_json_that_is_no_checkpoint_is_none(tmp_path):
 def test_fingerprints_differ_with_the_schema():
     fields = (Field(name="user", kind="id"),)
     schema = Schema(label="click", fields=fields)
-    assert schema_fingerprint(schema) == schema_fingerprint(Schema(label="click", fields=fields))
+    assert full_schema_fingerprint(schema) == full_schema_fingerprint(Schema(label="click", fields=fields))
     other = Schema(label="click", fields=(Field(name="user", kind="id", min_count=2),))
-    assert schema_fingerprint(schema) != schema_fingerprint(other)
+    assert full_schema_fingerprint(schema) != full_schema_fingerprint(other)
