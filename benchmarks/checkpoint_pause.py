@@ -29,12 +29,11 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_synchrono
 from benchmarks.machine import commit, processor
 from hetegen_rec.config.run import RunConfig
 from hetegen_rec.data.cursor import Cursor
-from hetegen_rec.distributed.optimizers import make_optimizer
 from hetegen_rec.distributed.runtime import Runtime, start_runtime
 from hetegen_rec.terminal import quiet_libraries
 from hetegen_rec.training.checkpoint import Checkpoints, complete_steps
 from hetegen_rec.training.checkpoint_writer import CheckpointWriter
-from hetegen_rec.training.setup import build_sharded, open_split
+from hetegen_rec.training.setup import build_sharded, open_split, optimizer_of
 from hetegen_rec.training.stages import prepare_data
 
 DIM = 64
@@ -121,12 +120,7 @@ class Job:
         statistics_of_rows = prepare_data(config, runtime)
         model = build_sharded(config, "joint", statistics_of_rows, runtime)
         self._dmp = model.dmp.train()
-        self._optimizer = make_optimizer(
-            model.dmp,
-            config.stage("joint"),
-            config.train.table_optimizer,
-            config.model.balance.learning_rate,
-        )
+        self._optimizer = optimizer_of(config, "joint", model)
         reader = open_split(config, "train", statistics_of_rows, runtime, stage="joint", train=True)
         self._batches = list(islice(reader.epoch(Cursor()), 10))
         self._steps(len(self._batches))  # warm

@@ -22,7 +22,6 @@ from hetegen_rec.data.cursor import Cursor, Served
 from hetegen_rec.data.interval_reader import SkippedRows
 from hetegen_rec.data.raw import list_row_groups
 from hetegen_rec.data.reader import BatchSource, Reader
-from hetegen_rec.distributed.optimizers import make_optimizer
 from hetegen_rec.distributed.runtime import Runtime
 from hetegen_rec.distributed.signals import StopRequest
 from hetegen_rec.distributed.watchdog import Watchdog
@@ -30,7 +29,7 @@ from hetegen_rec.training.checkpoint import Checkpoints
 from hetegen_rec.training.checkpoint_writer import CheckpointWriter
 from hetegen_rec.training.logs import RunLog
 from hetegen_rec.training.progress import StageProgress
-from hetegen_rec.training.setup import ShardedModel, build_sharded, rows_per_step
+from hetegen_rec.training.setup import ShardedModel, build_sharded, optimizer_of, rows_per_step
 from hetegen_rec.training.state import StageState
 from hetegen_rec.training.trainer import Trainer
 
@@ -242,13 +241,8 @@ def open_trainer(
 
 
 def _build(case: Case, log: ClickLog, runtime: Runtime) -> tuple[ShardedModel, KeyedOptimizer]:
-    config = case.config
-    model = build_sharded(config, case.stage, log.statistics, runtime)
-    budget = config.stage(case.stage)
-    optimizer = make_optimizer(
-        model.dmp, budget, config.train.table_optimizer, config.model.balance.learning_rate
-    )
-    return model, optimizer
+    model = build_sharded(case.config, case.stage, log.statistics, runtime)
+    return model, optimizer_of(case.config, case.stage, model)
 
 
 def open_reader(case: Case, log: ClickLog, runtime: Runtime) -> Reader:

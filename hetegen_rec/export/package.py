@@ -42,7 +42,6 @@ from hetegen_rec.files import whole_directory
 from hetegen_rec.inference.building import TrainedModel
 from hetegen_rec.locks import directory_lock
 from hetegen_rec.models.embedding import table_shapes
-from hetegen_rec.models.hetegen import build_model
 from hetegen_rec.models.network import ClickNetwork
 from hetegen_rec.scoring.layout import Layout
 from hetegen_rec.scoring.manifest import (
@@ -57,6 +56,7 @@ from hetegen_rec.scoring.scorer import Scorer
 from hetegen_rec.scoring.tables import make_groups, map_tables, writing
 from hetegen_rec.scoring.vocabularies import write_vocabularies
 from hetegen_rec.training.checkpoint import CheckpointInfo
+from hetegen_rec.training.setup import model_of
 from hetegen_rec.training.stored_tables import StoredWeights
 
 logger = logging.getLogger(__name__)
@@ -197,17 +197,7 @@ class Exporter:
 
     def _network(self) -> ClickNetwork:
         """The trained network, of which only what scores is loaded."""
-        config = self._config
-        model = build_model(
-            config.features,
-            self._statistics,
-            config.model,
-            config.train,
-            self._stage,
-            config.stage(self._stage),
-            config.seed,
-        )
-        network = model.network.eval()
+        network = model_of(self._config, self._stage, self._statistics).network.eval()
         # Heads that reconstruct score nothing, and have other sizes where vocabularies have grown.
         wanted = {name: value for name, value in network.state_dict().items() if not name.startswith(_HEADS)}
         stored = self._weights.dense({f"network.{name}": value for name, value in wanted.items()})

@@ -30,7 +30,8 @@ from hetegen_rec.distributed.traffic import TableLoad, blocks_of, replicated
 from hetegen_rec.evaluation.capacity import CapacityReport
 from hetegen_rec.models.embedding import table_shapes
 from hetegen_rec.models.footprint import Footprint, measure_footprint
-from hetegen_rec.models.hetegen import HeteGen, build_model
+from hetegen_rec.models.hetegen import HeteGen
+from hetegen_rec.training.setup import model_of
 
 logger = logging.getLogger(__name__)
 
@@ -147,9 +148,8 @@ def _statistics(config: RunConfig) -> tuple[Statistics, str]:
 def _describe(
     config: RunConfig, stage: Stage, statistics: Statistics, world: World, profile: HardwareProfile
 ) -> _Run:
-    of_stage = config.stage(stage)
-    model = build_model(config.features, statistics, config.model, config.train, stage, of_stage, config.seed)
-    attach_table_optimizer(model.ebc, config.train.table_optimizer, of_stage, profile.device)
+    model = model_of(config, stage, statistics)
+    attach_table_optimizer(model.ebc, config.train.table_optimizer, config.stage(stage), profile.device)
     footprint = measure_footprint(model.network, config.features, statistics, profile.device)
     loads = table_loads(config.features, statistics, config.model.dim)
     return _Run(config, stage, world, profile, model, footprint, loads)

@@ -32,7 +32,7 @@ from hetegen_rec.data.random_rows import random_rows
 from hetegen_rec.data.statistics import Statistics
 from hetegen_rec.distributed.counting import CountedCalls
 from hetegen_rec.distributed.local_ranks import run_on_local_ranks
-from hetegen_rec.distributed.optimizers import ON_CPU, make_optimizer
+from hetegen_rec.distributed.optimizers import ON_CPU
 from hetegen_rec.distributed.planning import PlannedTable
 from hetegen_rec.distributed.runtime import DistributedError, Runtime, start_runtime
 from hetegen_rec.distributed.scaled import CarriedTable, carry_over, row_blocks, scaled_rows
@@ -43,7 +43,7 @@ from hetegen_rec.models.embedding import table_shapes
 from hetegen_rec.models.network import Outputs
 from hetegen_rec.training.capacity import CapacityPlan, table_loads
 from hetegen_rec.training.guard import NumericalGuard
-from hetegen_rec.training.setup import ShardedModel, build_sharded, make_pipeline
+from hetegen_rec.training.setup import ShardedModel, build_sharded, make_pipeline, optimizer_of
 
 logger = logging.getLogger(__name__)
 
@@ -188,9 +188,7 @@ def _train(order: _Order) -> _Seen:
         model = build_sharded(config, order.stage, statistics, runtime, order.plan)
         batches = [_batch(config, statistics, runtime, step) for step in range(_STEPS)]
         errors, largest = _lookup_errors(config, model, batches[0])
-        of_stage, train = config.stage(order.stage), config.train
-        rate = config.model.balance.learning_rate
-        optimizer = make_optimizer(model.dmp, of_stage, train.table_optimizer, rate)
+        optimizer, train = optimizer_of(config, order.stage, model), config.train
         guard = NumericalGuard(model.network, schema, train, runtime)
         model.dmp.train()
         pipeline = make_pipeline(model.dmp, guard.gated(optimizer), train, runtime.device)

@@ -23,11 +23,11 @@ from hetegen_rec.data.raw import list_row_groups
 from hetegen_rec.data.reader import Reader, open_reader
 from hetegen_rec.data.staleness import Staleness
 from hetegen_rec.data.statistics import Statistics
-from hetegen_rec.distributed.optimizers import attach_table_optimizer
+from hetegen_rec.distributed.optimizers import attach_table_optimizer, make_optimizer
 from hetegen_rec.distributed.planning import PlannedTable, agree_on_plan, plan_summary
 from hetegen_rec.distributed.runtime import Runtime
 from hetegen_rec.distributed.sharding import init_tables, shard_model
-from hetegen_rec.models.hetegen import build_model
+from hetegen_rec.models.hetegen import HeteGen, build_model
 from hetegen_rec.models.network import ClickNetwork
 
 logger = logging.getLogger(__name__)
@@ -41,6 +41,18 @@ class ShardedModel:
     network: ClickNetwork
     """The replicated part; the same object that `dmp` wraps."""
     plan: list[PlannedTable]
+
+
+def model_of(config: RunConfig, stage: Stage, statistics: Statistics) -> HeteGen:
+    """The model of a stage, its tables not yet anywhere; see `build_model`."""
+    of_stage = config.stage(stage)
+    return build_model(config.features, statistics, config.model, config.train, stage, of_stage, config.seed)
+
+
+def optimizer_of(config: RunConfig, stage: Stage, model: ShardedModel) -> KeyedOptimizer:
+    """The optimizer of everything that a stage trains; see `make_optimizer`."""
+    difficulty_lr = config.model.balance.learning_rate
+    return make_optimizer(model.dmp, config.stage(stage), config.train.table_optimizer, difficulty_lr)
 
 
 def build_sharded(
@@ -60,20 +72,11 @@ def build_sharded(
         plan: one that was made before; default: the ranks agree on one.
     """
     gc.collect()  # TorchRec's pipeline leaves an earlier model in a cycle, with all of its tables
-    stage_config = config.stage(stage)
-    model = build_model(
-        config.features,
-        statistics,
-        config.model,
-        config.train,
-        stage,
-        stage_config,
-        config.seed,
-    )
+    model = model_of(config, stage, statistics)
     attach_table_optimizer(
         model.ebc,
         config.train.table_optimizer,
-        stage_config,
+        config.stage(stage),
         runtime.device.type,
     )
     if plan is None:

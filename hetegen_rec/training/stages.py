@@ -14,7 +14,6 @@ from hetegen_rec.data.reader import Reader
 from hetegen_rec.data.row_plan import lanes_of
 from hetegen_rec.data.sources import fetch_source
 from hetegen_rec.data.statistics import Statistics
-from hetegen_rec.distributed.optimizers import make_optimizer
 from hetegen_rec.distributed.runtime import Runtime
 from hetegen_rec.distributed.signals import StopRequest
 from hetegen_rec.distributed.watchdog import Watchdog
@@ -42,7 +41,7 @@ from hetegen_rec.training.checkpoint import (
 from hetegen_rec.training.checkpoint_writer import CheckpointWriter
 from hetegen_rec.training.logs import RunLog
 from hetegen_rec.training.progress import RowsProgress
-from hetegen_rec.training.setup import ShardedModel, build_sharded, open_split, rows_per_step
+from hetegen_rec.training.setup import ShardedModel, build_sharded, open_split, optimizer_of, rows_per_step
 from hetegen_rec.training.state import StageState
 from hetegen_rec.training.trainer import Trainer
 
@@ -133,12 +132,7 @@ def open_trainer(
             check_attempt(config, stage, accept_changes=accept_changes)
     statistics = prepare_data(config, runtime)
     model = build_sharded(config, stage, statistics, runtime)
-    optimizer = make_optimizer(
-        model.dmp,
-        config.stage(stage),
-        config.train.table_optimizer,
-        config.model.balance.learning_rate,
-    )
+    optimizer = optimizer_of(config, stage, model)
     readers = (
         open_split(config, "train", statistics, runtime, stage=stage, train=True),
         open_split(config, "valid", statistics, runtime, stage=stage),
