@@ -51,8 +51,11 @@ _LAUNCHER_VARIABLES = (
     "MASTER_PORT",
 )
 
-# Else larger pinned buffers are rounded up to powers of two: copies for checkpoints to twice their size.
-_PINNED_SIZES = "pinned_max_round_threshold_mb:16"
+# Else larger pinned buffers are rounded up to powers of two: copies for checkpoints to twice their size. Most
+# tensors of batches are smaller, and their buffers are used again. Both limits must be the same power of two:
+# PyTorch 2.13 gives a freed buffer to any request that rounds up to the same power, so that what does not fit
+# an unrounded one would be written beyond its end (pytorch/pytorch#192722).
+_PINNED_SIZES = "pinned_max_round_threshold_mb:64,pinned_max_cached_size_mb:64"
 _ALLOCATOR_VARIABLES = (
     "PYTORCH_ALLOC_CONF",
     "PYTORCH_CUDA_ALLOC_CONF",

@@ -215,7 +215,17 @@ def test_pinned_buffers_keep_their_size_unless_the_environment_says_otherwise(va
     if variable is not None:
         monkeypatch.setenv(variable, "expandable_segments:True")
     assert runtime_module._choose_device("auto", 1, 2) == torch.device("cuda", 1)
-    assert told == ([] if variable else ["pinned_max_round_threshold_mb:16"])
+    assert told == ([] if variable else [runtime_module._PINNED_SIZES])
+
+
+def test_pinned_buffers_that_are_not_rounded_are_not_used_again() -> None:
+    limits = dict(setting.split(":") for setting in runtime_module._PINNED_SIZES.split(","))
+    assert set(limits) == {"pinned_max_round_threshold_mb", "pinned_max_cached_size_mb"}
+    (limit,) = {int(megabytes) for megabytes in limits.values()}
+    assert limit.bit_count() == 1  # else sizes just below it would be rounded beyond it
+    for name in limits:  # torch passes over names that it does not know, whatever their value
+        with pytest.raises(ValueError, match="stoull"):
+            torch._C._accelerator_setAllocatorSettings(f"{name}:many")
 
 
 def test_cuda_without_a_gpu_names_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
