@@ -24,6 +24,7 @@ _SHIFTS = (30, 27, 31)
 _MASK = (1 << 64) - 1
 _WORD = 8  # bytes
 _UNIFORM_BITS = 24  # what a float32 in [0, 1) holds exactly
+_FEW = 32  # strings for which a call of numpy costs more than a loop over them
 
 
 def salt_of(name: str) -> int:
@@ -79,7 +80,7 @@ def hash_bucket_torch(hashes: torch.Tensor, num_buckets: int) -> torch.Tensor:
 
 
 def hash_strings(array: pa.Array | pa.ChunkedArray, salt: int) -> UInt64Array:
-    """Hashes strings over their Arrow buffers, without a loop over values.
+    """Hashes strings over their Arrow buffers, in time that grows with their bytes.
 
     Args:
         array: `string` or `large_string`, sliced or chunked as it comes.
@@ -93,15 +94,19 @@ def hash_strings(array: pa.Array | pa.ChunkedArray, salt: int) -> UInt64Array:
         return np.concatenate(hashed) if hashed else np.empty(0, np.uint64)
     starts, lengths, words = _words(array.cast(pa.large_string()))
     hashes = mix64(lengths, salt)
-    # Each turn folds one more word into the strings that still have bytes left.
+    # Each turn folds one more word into the strings that still have bytes left, until few are that long.
     active = np.flatnonzero(lengths)
     done = 0
-    while len(active):
+    while len(active) >= _FEW:
         left = lengths[active] - done
         word = words[starts[active] + done] & _low_bytes(left)
         hashes[active] = _finalise(hashes[active] ^ word)
         done += _WORD
         active = active[left > _WORD]
+    for place in active:
+        folded = np.arange(done, lengths[place], _WORD)
+        rest = words[starts[place] + folded] & _low_bytes(lengths[place] - folded)
+        hashes[place] = _fold(int(hashes[place]), rest.tolist())
     if array.null_count:
         hashes[array.is_null().to_numpy(zero_copy_only=False)] = 0
     return hashes
@@ -135,10 +140,19 @@ def _finalise(mixed: UInt64Array) -> UInt64Array:
 
 
 def _scalar_mix(salt: int) -> int:
-    mixed = (salt + _GAMMA) & _MASK
-    for shift, multiplier in zip(_SHIFTS, (*_MULTIPLIERS, 1), strict=True):
-        mixed = (mixed ^ (mixed >> shift)) * multiplier & _MASK
-    return mixed
+    return _fold(0, [(salt + _GAMMA) & _MASK])
+
+
+def _fold(hashed: int, words: list[int]) -> int:
+    """`_finalise(hashed ^ word)` for one word after the other, in plain integers."""
+    first, second, third = _SHIFTS
+    one, two = _MULTIPLIERS
+    for word in words:
+        mixed = hashed ^ word
+        mixed = (mixed ^ (mixed >> first)) * one & _MASK
+        mixed = (mixed ^ (mixed >> second)) * two & _MASK
+        hashed = mixed ^ (mixed >> third)
+    return hashed
 
 
 def _signed(value: int) -> int:

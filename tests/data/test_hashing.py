@@ -87,6 +87,14 @@ def test_strings_hash_by_value_whatever_their_layout(texts, salt: int, skip: int
         assert hash_strings(chunked, salt).tolist() == expected
 
 
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 200), max_size=40), st.lists(st.integers(0, 20), max_size=60), salts)
+def test_few_long_strings_among_many_short_ones_hash_by_value(long, short, salt: int) -> None:
+    texts = ["".join(chr(33 + (7 * i + length) % 90) for i in range(length)) for length in (*long, *short)]
+    expected = [reference_string(text, salt) for text in texts]
+    assert hash_strings(pa.array(texts, pa.string()), salt).tolist() == expected
+
+
 def test_padding_does_not_make_strings_equal() -> None:
     texts = ["", "\0", "\0\0", "a", "a\0", "abcdefgh", "abcdefgh\0"]
     assert len(set(hash_strings(pa.array(texts), 0).tolist())) == len(texts)
