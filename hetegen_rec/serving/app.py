@@ -79,12 +79,9 @@ class Endpoints:
             if request.headers.get("content-encoding", "identity") != "identity":
                 raise BodyError(415, "Content-Encoding is not supported; send the body as it is")
             body_format = format_of(request.headers.get("content-type"))
-            rows = body_format.decode(await self._body(request), self._served.scorer.columns)
+            body = await self._body(request)
+            rows = body_format.decode(body, self._served.scorer.columns, self._settings.max_rows)
             request.state.num_rows = len(rows)
-            if len(rows) > self._settings.max_rows:
-                raise BodyError(
-                    413, f"{len(rows):,} rows; send at most {self._settings.max_rows:,} at a time"
-                )
             probabilities = await self._scored(request, rows)
         except BodyError as error:
             raise HTTPException(error.status, _told(error)) from error

@@ -40,8 +40,8 @@ class BodyFormat:
     """How one content type is read and answered."""
 
     media_type: str
-    decode: Callable[[bytes, Sequence[str]], Decoded]
-    """Body and the columns that are read -> rows. Raises `BodyError`."""
+    decode: Callable[[bytes, Sequence[str], int], Decoded]
+    """Body, the columns that are read, the most rows that it may have -> rows. Raises `BodyError`."""
     encode: Callable[[NDArray[np.float32]], bytes]
     """[N] probabilities -> body."""
 
@@ -58,9 +58,9 @@ def format_of(content_type: str | None) -> BodyFormat:
     return FORMATS[media_type]
 
 
-def _decode_json(body: bytes, columns: Sequence[str]) -> list[Row]:
+def _decode_json(body: bytes, columns: Sequence[str], most_rows: int) -> list[Row]:
     try:
-        return _rows_of(json.loads(body), columns)
+        return _rows_of(json.loads(body), columns, most_rows)
     except BodyError:
         raise
     except RecursionError as error:
@@ -69,7 +69,7 @@ def _decode_json(body: bytes, columns: Sequence[str]) -> list[Row]:
         raise BodyError(400, f"the body is no JSON: {error}") from error
 
 
-def _rows_of(content: object, columns: Sequence[str]) -> list[Row]:
+def _rows_of(content: object, columns: Sequence[str], most_rows: int) -> list[Row]:
     """The rows of a document, each with the columns that they share."""
     if not isinstance(content, dict) or not isinstance(content.get("rows"), list):
         raise BodyError(400, 'the body must be {"rows": [{column: value, ...}, ...]}')
@@ -77,6 +77,7 @@ def _rows_of(content: object, columns: Sequence[str]) -> list[Row]:
     if unknown:
         raise BodyError(400, f"the body has the key {unknown[0]!r}; known are {', '.join(_KEYS)}")
     rows, shared = content["rows"], content.get("shared", {})
+    _require_few(len(rows), most_rows)  # before any is looked at: millions of empty rows fit in a body
     if not isinstance(shared, dict):
         raise BodyError(400, "`shared` must be an object of columns, which hold for every row")
     _require_flat(shared, columns, "`shared`")
@@ -98,6 +99,11 @@ def _rows_of(content: object, columns: Sequence[str]) -> list[Row]:
     return [{**shared, **row} for row in rows]
 
 
+def _require_few(num_rows: int, most_rows: int) -> None:
+    if num_rows > most_rows:
+        raise BodyError(413, f"{num_rows:,} rows; send at most {most_rows:,} at a time")
+
+
 def _require_flat(row: Row, columns: Sequence[str], where: str) -> None:
     """Raises BodyError for values within values: Arrow takes seconds for deep ones, only to refuse them."""
     for column in columns:
@@ -114,10 +120,11 @@ def _encode_json(probabilities: NDArray[np.float32]) -> bytes:
     return json.dumps({"probabilities": probabilities.tolist()}).encode()
 
 
-def _decode_arrow(body: bytes, columns: Sequence[str]) -> pa.Table:
+def _decode_arrow(body: bytes, columns: Sequence[str], most_rows: int) -> pa.Table:
     try:
         _refuse_expansion(body)
         table = pa.ipc.open_stream(body).read_all()
+        _require_few(len(table), most_rows)
         table = _select(table, columns)
         table.validate(full=True)
         _require_size(table, most_values=8 * len(body))

@@ -77,6 +77,13 @@ def test_no_rows_get_no_scores(server, body):
     assert post(server, body, content_type).status_code == 200
 
 
+def test_more_rows_of_arrow_than_allowed_are_refused(server):
+    many = pa.table({"user_id": pa.nulls(server.settings.max_rows + 1, pa.int64())})
+    answer = post(server, stream(many), ARROW_STREAM)
+    assert answer.status_code == 413
+    assert "send at most 4,096" in answer.json()["detail"]
+
+
 def test_columns_that_nobody_reads_do_no_harm(server):
     odd = pa.array([{"a": 1}] * len(TABLE))
     answer = post(server, stream(TABLE.append_column("odd", odd)), ARROW_STREAM)

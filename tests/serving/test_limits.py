@@ -27,6 +27,12 @@ def test_more_rows_than_allowed_are_refused(artifact):
         assert server.figure("hetegen_rows_total") == 3
 
 
+def test_too_many_rows_are_counted_before_any_is_looked_at(artifact):
+    with InProcess(artifact, max_rows=3) as server:
+        assert server.score([17, *ROWS[:3]]).status_code == 413
+        assert server.score([17, *ROWS[:2]]).status_code == 400
+
+
 def test_a_body_of_declared_length_is_refused_unread(artifact):
     with InProcess(artifact, max_bytes=100) as server:
         assert server.ask("POST", "/v1/score", content=BODY, headers=JSON_HEADERS).status_code == 200
