@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from fbgemm_gpu.quantize_comm import QuantizationContext, QuantizedCommCodec
+from fbgemm_gpu.split_embedding_configs import SparseType
 from torch import nn
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torchrec.distributed import DistributedModelParallel
@@ -24,6 +26,7 @@ _ROW_WISE_FAMILY = (
 )
 _TABLE_PATH = ".embedding_bags."
 _CELLS_AT_ONCE = 1 << 22  # of a shard while it is filled: 32 MiB of 64-bit counters
+_HALF_SCALE = 1024.0  # of gradients in fp16; a power of two, which rounds nothing
 
 
 class TableSharder(EmbeddingBagCollectionSharder):
@@ -41,6 +44,22 @@ class TableSharder(EmbeddingBagCollectionSharder):
         return types
 
 
+class _ScaledHalf(QuantizedCommCodec):
+    """Gradients as fp16 on the wire, scaled: those of a mean over many rows would be rounded to zero.
+
+    FBGEMM's own `loss_scale` is taken back while the numbers are still fp16, which rounds them to zero then.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(SparseType.FP16, is_fwd=False)
+
+    def encode(self, input_tensor: torch.Tensor, ctx: QuantizationContext | None = None) -> torch.Tensor:
+        return super().encode(_HALF_SCALE * input_tensor, ctx)
+
+    def decode(self, input_tensor: torch.Tensor, ctx: QuantizationContext | None = None) -> torch.Tensor:
+        return super().decode(input_tensor, ctx) / _HALF_SCALE
+
+
 def make_sharders(config: DistributedConfig, device_type: str) -> list[TableSharder]:
     """The sharders for planning and sharding, with the configured precision of communication.
 
@@ -53,6 +72,9 @@ def make_sharders(config: DistributedConfig, device_type: str) -> list[TableShar
         ),
         device=torch.device(device_type),
     )
+    for codecs in (registry or {}).values():
+        if codecs.backward.quantized_dtype == torch.float16:
+            codecs.backward = _ScaledHalf()
     return [TableSharder(qcomm_codecs_registry=registry)]
 
 

@@ -5,7 +5,7 @@ import torch
 from multirank import run_ranks
 from toy_model import DIM, Job
 
-from hetegen_rec.config.run import DistributedConfig
+from hetegen_rec.config.run import CommunicationPrecision, DistributedConfig
 from hetegen_rec.distributed import sharding
 from hetegen_rec.distributed.runtime import start_runtime
 from hetegen_rec.distributed.sharding import init_tables, make_sharders, table_weights
@@ -92,3 +92,14 @@ def test_quantised_communication_is_configured() -> None:
     (quantised,) = make_sharders(DistributedConfig(forward_precision="fp16"), "cpu")
     assert not plain.qcomm_codecs_registry
     assert quantised.qcomm_codecs_registry
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_small_gradients_are_not_lost_on_the_wire(precision: CommunicationPrecision) -> None:
+    config = DistributedConfig(backward_precision=precision)
+    gradient = torch.tensor([1e-8, -1e-7, 1e-3, 10.0])
+    for device in ("cpu", "cuda"):
+        (sharder,) = make_sharders(config, device)
+        for codecs in sharder.qcomm_codecs_registry.values():
+            received = codecs.backward.decode(codecs.backward.encode(gradient))
+            assert received.tolist() == pytest.approx(gradient.tolist(), rel=0.01)
