@@ -5,18 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 
 from hetegen_rec.files import link_or_copy, whole_directory, write_whole
 from hetegen_rec.locks import directory_lock
+from hetegen_rec.scoring.arrays import map_array, new_array
 from hetegen_rec.scoring.delta import (
     DELTA,
     DELTA_VERSION,
     Delta,
     common_rows,
     content_digest,
-    map_array,
     table_rows,
 )
 from hetegen_rec.scoring.manifest import Artifact, TableGroup, describe_files
@@ -101,9 +100,9 @@ class _GroupChanges:
         numbers_file = f"{DIRECTORY}/{self._group.dim}_rows.npy"
         (root / DIRECTORY).mkdir(exist_ok=True)
         num_changed = sum(self.counts.values())
-        numbers = _new_array(root / numbers_file, self._number_type, (num_changed,))
+        numbers = new_array(root / numbers_file, self._number_type, (num_changed,))
         parts = [
-            _new_array(root / name, array.dtype, (num_changed, *array.shape[1:]))
+            new_array(root / name, array.dtype, (num_changed, *array.shape[1:]))
             for name, array in zip(self._group.files.values(), self._arrays, strict=True)
         ]
         start = 0
@@ -139,8 +138,3 @@ class _GroupChanges:
 def _bytes(rows: NDArray[Any]) -> NDArray[np.uint8]:
     """[N, bytes] of N rows: numbers that compare equal may differ in bytes, and NaN equals nothing."""
     return rows.view(np.uint8).reshape(len(rows), -1)
-
-
-def _new_array(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> np.memmap[Any, Any]:
-    array: np.memmap[Any, Any] = open_memmap(path, mode="w+", dtype=dtype, shape=shape)  # type: ignore[no-untyped-call]
-    return array

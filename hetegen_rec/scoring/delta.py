@@ -8,16 +8,13 @@ artifact: whole, or, of the files of tables, the rows that changed, with a file 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-from numpy.lib.format import open_memmap
-from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from hetegen_rec.config.errors import Section
 from hetegen_rec.files import link_or_copy, whole_directory
 from hetegen_rec.locks import directory_lock
+from hetegen_rec.scoring.arrays import map_array, new_array
 from hetegen_rec.scoring.errors import ArtifactError
 from hetegen_rec.scoring.manifest import (
     FORMAT_VERSION,
@@ -157,9 +154,7 @@ def _patch(root: Path, base: Artifact, delta: Delta, source: Path, group: TableG
     old = map_array(base.path(name))
     num_rows = sum(table_rows(delta.manifest, table) for table in group.first_rows)
     (root / name).parent.mkdir(exist_ok=True)
-    new = open_memmap(  # type: ignore[no-untyped-call]
-        root / name, mode="w+", dtype=changed.dtype, shape=(num_rows, *changed.shape[1:])
-    )
+    new = new_array(root / name, changed.dtype, (num_rows, *changed.shape[1:]))
     for common in common_rows(delta.manifest, base.manifest, group).values():
         new[common.start : common.stop] = old[common.base_start : common.base_stop]
     for start in range(0, len(numbers), _ROWS_AT_ONCE):
@@ -200,9 +195,3 @@ def common_rows(new: Manifest, base: Manifest, group: TableGroup) -> dict[str, C
 def table_rows(manifest: Manifest, table: str) -> int:
     """Rows of a table."""
     return manifest.vocabularies[table].num_ids
-
-
-def map_array(path: Path) -> NDArray[Any]:
-    """A file of an artifact's tables, mapped into memory to be read."""
-    array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
-    return array

@@ -12,10 +12,10 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
-from numpy.lib.format import open_memmap
 from torch import Tensor
 
 from hetegen_rec.config.export import Backend, TablePrecision
+from hetegen_rec.scoring.arrays import new_array
 from hetegen_rec.scoring.layout import Layout
 from hetegen_rec.scoring.manifest import Artifact, TableGroup
 from hetegen_rec.scoring.precision import Parts, stored_parts
@@ -30,24 +30,22 @@ class GroupWriter:
     """Writes the tables of one width, block by block, in any order."""
 
     def __init__(self, root: Path, group: TableGroup, num_rows: int, encode: Encode) -> None:
-        """Makes the files in their full size; the holes of a sparse file take no room.
+        """Makes the files in their full size.
 
         Args:
             root: directory of the artifact.
             group: names of the files, and where each table begins.
             num_rows: of all its tables.
             encode: how rows are stored.
+
+        Raises:
+            OSError: there is no room for them.
         """
         self._first_rows, self._encode = group.first_rows, encode
         (root / DIRECTORY).mkdir(exist_ok=True)
         shapes = encode(torch.zeros(1, group.dim))
         self._arrays = {
-            name: open_memmap(  # type: ignore[no-untyped-call]
-                root / group.files[name],
-                mode="w+",
-                dtype=part.numpy().dtype,
-                shape=(num_rows, *part.shape[1:]),
-            )
+            name: new_array(root / group.files[name], part.numpy().dtype, (num_rows, *part.shape[1:]))
             for name, part in shapes.items()
         }
 
