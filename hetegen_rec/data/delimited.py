@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
-from hetegen_rec.config.schema import Schema
-from hetegen_rec.data.errors import BadRowsError
+from hetegen_rec.config.schema import Field, Schema
+from hetegen_rec.data.errors import BadRowsError, DataError
 from hetegen_rec.data.opening import ColumnKeys, check_columns, check_kind, one_line, reading
 
 CSV_BLOCK_BYTES = 16 << 20
@@ -34,10 +34,16 @@ def is_csv(path: str) -> bool:
 
 
 def csv_tables(path: str, schema: Schema, columns: ColumnKeys) -> Iterator[pa.Table]:
-    """Streams columns of a file in tables of bounded size, in the types that the schema gives them."""
+    """Streams columns of a file in tables of bounded size, in the types that the schema gives them.
+
+    Raises:
+        BadRowsError: a column is missing, or the file cannot be read in these types.
+        DataError: two fields want one column in two types.
+    """
+    types = _types(path, schema)
     check_columns(path, columns, csv_names(path))
     lists = {field.column for field in schema.fields if field.is_list}
-    for batch in _batches(path, list(columns), _types(schema)):
+    for batch in _batches(path, list(columns), types):
         arrays = [
             pc.split_pattern(array, LIST_SEPARATOR) if name in lists else array
             for name, array in zip(batch.schema.names, batch.columns, strict=True)
@@ -45,9 +51,18 @@ def csv_tables(path: str, schema: Schema, columns: ColumnKeys) -> Iterator[pa.Ta
         yield pa.table(arrays, batch.schema.names)
 
 
-def _types(schema: Schema) -> dict[str, pa.DataType]:
+def _types(path: str, schema: Schema) -> dict[str, pa.DataType]:
     types = {schema.label: pa.float64()}
+    readers: dict[str, Field] = {}
     for field in schema.fields:
+        first = readers.setdefault(field.column, field)
+        if "numeric" in (first.kind, field.kind) and first.kind != field.kind:
+            # Ids that were read as numbers would be others: `07` and `7` would be one.
+            raise DataError(
+                f"{path}: column {field.column!r} cannot be read as numbers and as text, for {first.kind} field "
+                f"{first.name!r} and {field.kind} field {field.name!r}: CSV has no types; write the column "
+                "twice, under two names, or write Parquet"
+            )
         types[field.column] = pa.float64() if field.kind == "numeric" else pa.string()
     if schema.timestamp:
         types[schema.timestamp] = pa.int64()

@@ -140,6 +140,16 @@ def test_csv_types_do_not_depend_on_the_cells(tmp_path) -> None:
     }
 
 
+@pytest.mark.parametrize("kinds", [("categorical", "numeric"), ("numeric", "categorical")])
+def test_a_csv_column_that_is_wanted_as_numbers_and_as_text_is_refused(tmp_path, kinds) -> None:
+    path = tmp_path / "part.csv"
+    path.write_text("click,hour\n1,07\n0,7\n")
+    fields = [{"name": f"hour_{kind}", "kind": kind, "column": "hour"} for kind in kinds]
+    schema = Schema.model_validate({"label": "click", "fields": fields})
+    with pytest.raises(DataError, match=f"column 'hour' .* field 'hour_{kinds[0]}' and .* 'hour_{kinds[1]}'"):
+        rows_of(str(path), schema)
+
+
 def test_tsv_may_be_compressed_and_read_in_blocks(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("hetegen_rec.data.delimited.CSV_BLOCK_BYTES", 64)
     lines = ["click\ttime\titem\tprice usd\ttags", *(f"1\t{i}\t{i}\t{i}\tt{i}" for i in range(50))]
