@@ -25,7 +25,7 @@ CSV_BLOCK_BYTES = 16 << 20
 LIST_SEPARATOR = "|"
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
-_COMPRESSIONS = {".gz", ".bz2", ".zst"}
+_COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
 
 
 def is_csv(path: str) -> bool:
@@ -59,9 +59,9 @@ def _types(path: str, schema: Schema) -> dict[str, pa.DataType]:
         if "numeric" in (first.kind, field.kind) and first.kind != field.kind:
             # Ids that were read as numbers would be others: `07` and `7` would be one.
             raise DataError(
-                f"{path}: column {field.column!r} cannot be read as numbers and as text, for {first.kind} field "
-                f"{first.name!r} and {field.kind} field {field.name!r}: CSV has no types; write the column "
-                "twice, under two names, or write Parquet"
+                f"{path}: column {field.column!r} cannot be read as numbers and as text, for {first.kind} "
+                f"field {first.name!r} and {field.kind} field {field.name!r}: CSV has no types; write the "
+                "column twice, under two names, or write Parquet"
             )
         types[field.column] = pa.float64() if field.kind == "numeric" else pa.string()
     if schema.timestamp:
@@ -114,10 +114,12 @@ def _reader(
     with ExitStack() as stack:
         source = path
         if "://" in path:
-            source = stack.enter_context(fsspec.open(path, "rb", compression="infer"))
+            source = stack.enter_context(fsspec.open(path, "rb"))
         else:
             check_kind(path)
-        yield stack.enter_context(pa.csv.open_csv(source, **options))
+        compression = _COMPRESSIONS.get(PurePath(path.lower()).suffix)
+        stream = stack.enter_context(pa.input_stream(source, compression=compression))
+        yield stack.enter_context(pa.csv.open_csv(stream, **options))
 
 
 @contextmanager

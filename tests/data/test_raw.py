@@ -162,6 +162,15 @@ def test_tsv_may_be_compressed_and_read_in_blocks(tmp_path, monkeypatch) -> None
     assert rows_of(str(path))["item"] == [str(i) for i in range(50)]
 
 
+@pytest.mark.parametrize("place", ["", "file://"])
+@pytest.mark.parametrize(("suffix", "codec"), [("gz", "gzip"), ("BZ2", "bz2"), ("zst", "zstd")])
+def test_csv_is_decompressed_by_its_suffix_also_at_a_url(tmp_path, place, suffix, codec) -> None:
+    path = tmp_path / f"part.csv.{suffix}"
+    with pa.CompressedOutputStream(str(path), codec) as stream:
+        stream.write(b"click,time,item,price usd,tags\n1,7,01,2,a|b\n")
+    assert rows_of(f"{place}{path}")["item"] == ["01"]
+
+
 def test_a_csv_cell_of_the_wrong_type_names_file_column_and_value(tmp_path) -> None:
     path = tmp_path / "part.csv"
     path.write_text("click,time,item,price usd,tags\n1,7,5,cheap,\n")
