@@ -29,6 +29,8 @@ class ReservedId(int, Enum):
 
 
 NUM_RESERVED_IDS = len(ReservedId)
+_LARGEST_HASH_SIZE = (1 << 31) - 1 - NUM_RESERVED_IDS
+"""Encoded ids are 32-bit integers."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ class Field(Section):
     min_count: PositiveInt | None = None
     """`vocab` only: values seen less often in the training rows become out-of-vocabulary. Default 1."""
     hash_size: PositiveInt | None = None
-    """`hash` only, required there: rows of the table behind the two reserved ids."""
+    """`hash` only, required there: rows of the table behind the two reserved ids; at most
+    2,147,483,645, as ids have 32 bits."""
     num_buckets: PositiveInt | None = None
     """`buckets` only: number of quantile buckets. Default 32."""
     table: str | None = None
@@ -125,11 +128,18 @@ class Field(Section):
             self._reject("is for `vocabulary: vocab` only", "min_count")
         if self.vocabulary != "buckets":
             self._reject("is for `vocabulary: buckets` only", "num_buckets")
+        self._check_hash_size()
+        return self
+
+    def _check_hash_size(self) -> None:
         if self.vocabulary == "hash" and self.hash_size is None:
             raise ValueError("`vocabulary: hash` needs `hash_size`: the rows of the table")
         if self.vocabulary != "hash":
             self._reject("is for `vocabulary: hash` only", "hash_size")
-        return self
+        if self.hash_size is not None and self.hash_size > _LARGEST_HASH_SIZE:
+            raise ValueError(
+                f"`hash_size: {self.hash_size}` must be at most {_LARGEST_HASH_SIZE}, as ids have 32 bits"
+            )
 
     def _reject(self, reason: str, *keys: str) -> None:
         for key in keys:

@@ -64,6 +64,7 @@ def test_column_is_the_name_unless_given():
         ({"vocabulary": "buckets"}, "`vocabulary: buckets` needs kind `numeric`"),
         ({"vocabulary": "hash"}, "needs `hash_size`"),
         ({"hash_size": 100}, "`hash_size` is for `vocabulary: hash` only"),
+        ({"vocabulary": "hash", "hash_size": 2**31 - 2}, "must be at most 2147483645, as ids have 32 bits"),
         ({"num_buckets": 4}, "`num_buckets` is for `vocabulary: buckets` only"),
         ({"vocabulary": "hash", "hash_size": 9, "min_count": 2}, "`min_count` is for `vocabulary: vocab`"),
     ],

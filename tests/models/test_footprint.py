@@ -22,7 +22,7 @@ SCHEMA = Schema.model_validate(
     {
         "label": "label",
         "fields": [
-            {"name": "user", "kind": "id", "vocabulary": "hash", "hash_size": 10_000_000_000},
+            {"name": "user", "kind": "id", "vocabulary": "hash", "hash_size": 2_000_000_000},
             {"name": "item", "kind": "id", "vocabulary": "hash", "hash_size": 5_000},
             {"name": "tags", "kind": "multi_valued", "vocabulary": "hash", "hash_size": 30},
             {"name": "price", "kind": "numeric", "num_buckets": 8},
