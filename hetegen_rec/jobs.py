@@ -120,12 +120,13 @@ def predict(job: Job) -> None:
         directory = Path(job.output)
         with job.runtime.together("checking the output"):
             _refuse_filled(directory)
-    if job.inputs:
-        with _encoded(job, directory) as encoded:
-            reader = open_encoded(job.config, encoded, choice.statistics, job.runtime, stage=choice.stage)
-            write_predictions(trained.score(reader), directory, job.runtime, labelled=False)
-    else:
-        write_predictions(trained.score_split(job.split), directory, job.runtime)
+    with _alone(job, directory):
+        if job.inputs:
+            with _encoded(job, directory) as encoded:
+                reader = open_encoded(job.config, encoded, choice.statistics, job.runtime, stage=choice.stage)
+                write_predictions(trained.score(reader), directory, job.runtime, labelled=False)
+        else:
+            write_predictions(trained.score_split(job.split), directory, job.runtime)
     account = trained.account()
     if job.runtime.is_main:
         logger.info("scored by %s", ", ".join(f"{key} {value}" for key, value in account.items()))
@@ -198,14 +199,15 @@ def _train(job: Job, stage: Stage) -> bool:
 def _alone(job: Job, directory: Path) -> Iterator[None]:
     """Context in which no other job may write to a directory."""
     with ExitStack() as stack:
-        with job.runtime.together("taking the run directory"):
+        with job.runtime.together(f"taking {directory}"):
             if job.runtime.is_main:
                 try:
                     stack.enter_context(directory_lock(directory))
                 except OSError as error:
+                    run = f"run_dir: {job.config.run_dir}"
+                    place = run if job.output is None else f"--output {job.output}"
                     raise ConfigError(
-                        f"run_dir: {job.config.run_dir}: cannot be made or written to ({error}); set it to "
-                        "a directory that can"
+                        f"{place}: cannot be made or written to ({error}); set it to a directory that can"
                     ) from error
         yield
 

@@ -20,6 +20,7 @@ from hetegen_rec.config.run import RunConfig, Stage
 from hetegen_rec.distributed.runtime import start_runtime
 from hetegen_rec.distributed.sharding import table_weights
 from hetegen_rec.evaluation.results import read_evaluation
+from hetegen_rec.locks import directory_lock
 from hetegen_rec.training import stages, trained
 from hetegen_rec.training.setup import ShardedModel, build_sharded
 from hetegen_rec.training.trainer import Trainer
@@ -212,7 +213,8 @@ def test_predict_scores_new_files_without_labels_as_the_same_rows_of_a_split(dir
     assert rows["row_id"].to_pylist() == list(range(300))
     split = pq.read_table(directory / "run" / "scratch" / "predictions" / "test").sort_by("row_id")
     np.testing.assert_allclose(rows["probability"], split["probability"], atol=1e-6)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["new-1.parquet", "new-2.parquet", "scores"]
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"new-1.parquet", "new-2.parquet", "scores", ".scores.lock"}
 
 
 def test_predict_replaces_nothing_that_it_did_not_write(directory, tmp_path, capsys):
@@ -221,6 +223,22 @@ def test_predict_replaces_nothing_that_it_did_not_write(directory, tmp_path, cap
     assert run("predict", directory, *options) == 2
     assert f"--output {tmp_path}: exists already" in capsys.readouterr().err
     assert files_below(tmp_path).keys() == {"thesis.tex"}
+
+
+def test_two_jobs_do_not_predict_into_one_directory(directory, tmp_path, capsys):
+    scores, raw = tmp_path / "scores", directory / "raw" / "test" / "*.parquet"
+    options = ["--stage", "scratch", "--input", str(raw), "--output", str(scores)]
+    with directory_lock(scores):
+        assert run("predict", directory, *options) == 2
+    assert f"error: {scores}: in use by process" in capsys.readouterr().err
+    assert files_below(tmp_path).keys() == {".scores.lock"}
+
+
+def test_predictions_for_which_no_directory_can_be_made_name_the_option(directory, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    options = ["--stage", "scratch", "--output", str(tmp_path / "file" / "scores")]
+    assert run("predict", directory, *options) == 2
+    assert f"error: --output {tmp_path / 'file' / 'scores'}: cannot be made" in capsys.readouterr().err
 
 
 def test_checkpoint_of_other_training_rows_is_refused_though_the_tables_fit(directory, tmp_path, capsys):
