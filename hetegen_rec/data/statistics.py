@@ -51,7 +51,7 @@ class FieldStatistics:
     table: str = ""
     """The field that owns the table; left out, the field itself."""
     value_type: ValueType = "none"
-    """Type of the raw values (see `columns`)."""
+    """Type of the raw values of all fields on the table (see `columns`)."""
     vocabulary_checksum: str = ""
     """`vocab`: identifies the vocabulary of the table."""
     identity: TableIdentity | None = None

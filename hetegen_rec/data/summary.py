@@ -68,6 +68,7 @@ def summarise_table(
         identity = identity.after(kept.identity)
     edges = vocabulary.edges if isinstance(vocabulary, BucketVocabulary) else None
     checksum = vocabulary.checksum if isinstance(vocabulary, ExactVocabulary) else ""
+    value_type = _value_type(counted, kept)
     statistics = []
     for name, field in counted.items():
         counts = _counts_by_id(vocabulary, field.counter)
@@ -85,7 +86,7 @@ def summarise_table(
                 counts=counts,
                 bucket_edges=edges,
                 table=table,
-                value_type=_value_type(field, kept),
+                value_type=value_type,
                 vocabulary_checksum=checksum,
                 identity=identity,
             )
@@ -157,11 +158,10 @@ def _counts_by_id(vocabulary: Vocabulary, counter: Counter) -> npt.NDArray[np.in
     return counts
 
 
-def _value_type(field: FieldAccumulator, kept: KeptTable | None) -> ValueType:
-    """That of the values seen, or of the older ones if there were none."""
-    if field.value_type == "none" and kept is not None:
-        return kept.owner.value_type
-    return field.value_type
+def _value_type(counted: Mapping[str, FieldAccumulator], kept: KeptTable | None) -> ValueType:
+    """That of the values seen in any field on the table, or of the older ones if there were none."""
+    seen = (field.value_type for field in counted.values() if field.value_type != "none")
+    return next(seen, "none" if kept is None else kept.owner.value_type)
 
 
 def _cardinality(counter: Counter) -> int:

@@ -274,3 +274,11 @@ def test_a_field_without_training_values_knows_none() -> None:
         table_of({"item": 1, "user": "x", "place": 3, "price": 2.0}), 0, "here"
     ).to_pydict()
     assert (encoded["item"], encoded["user"], encoded["price"]) == ([1], [1], [2])
+
+
+def test_a_table_whose_owner_had_no_values_has_the_type_of_its_sequence() -> None:
+    encoder = encoder_of(table_of({"history": [5, 6]}))
+    assert encoder.encode(table_of({"item": 5}), 0, "new")["item"].to_pylist() == [1]
+    strings = table_of({}).set_column(TYPES.get_field_index("item"), "item", pa.array(["5"]))
+    with pytest.raises(DataError, match=r"field 'item' holds string values, but .* integer values"):
+        encoder.encode(strings, 0, "new")
