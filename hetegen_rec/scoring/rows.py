@@ -1,9 +1,9 @@
 """Rows in the forms in which callers have them, as one Arrow table."""
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias
 
+import numpy as np
 import pyarrow as pa
 
 from hetegen_rec.config.schema import Schema
@@ -55,10 +55,14 @@ def _of_mappings(rows: list[Row], schema: Schema, names: list[str]) -> pa.Table:
         if not isinstance(row, Mapping):
             raise DataError(f"row {place} is {type(row).__name__}, not a dictionary of columns")
     lists = {field.column for field in schema.fields if field.is_list}
+    others = {field.column for field in schema.fields if field.kind != "numeric"}
     columns = {}
     for name in names:
+        values = [row.get(name) for row in rows]
         try:
-            columns[name] = _array([row.get(name) for row in rows], is_list=name in lists)
+            if name not in others:
+                values = [_number(value) for value in values]
+            columns[name] = _array(values, is_list=name in lists)
         except (pa.ArrowException, OverflowError, UnicodeEncodeError) as error:
             raise DataError(
                 f"column {name!r}: {error}; all its values must be of one type, that of the training rows"
@@ -68,22 +72,30 @@ def _of_mappings(rows: list[Row], schema: Schema, names: list[str]) -> pa.Table:
 
 def _array(values: list[Any], *, is_list: bool) -> pa.Array:
     try:
-        array = pa.array(values)
+        array = pa.array(values, from_pandas=True)  # to which NaN, in lists too, and pandas' NA are nulls
     except (pa.ArrowException, OverflowError):
         array = None
     if array is None or (is_list and pa.types.is_floating(array.type)):
-        array = _array_without_nan(values, is_list=is_list)
+        array = _array_of_plain(values, is_list=is_list)
     return array.cast(pa.list_(pa.null())) if is_list and pa.types.is_null(array.type) else array
 
 
-def _array_without_nan(values: list[Any], *, is_list: bool) -> pa.Array:
-    """What data frames make of missing values, NaN, fits neither strings nor lists nor large integers."""
-    given = [[_given(one) for one in value] if isinstance(value, list) else _given(value) for value in values]
+def _array_of_plain(values: list[Any], *, is_list: bool) -> pa.Array:
+    """Scalars of numpy as Python's: NaN among them fits neither strings nor lists nor large integers."""
+    plain = [_plain(value) for value in values]
     try:
-        return pa.array(given)
+        return pa.array(plain, from_pandas=True)
     except OverflowError:  # integers from 2**63 on, which Arrow does not take for unsigned by itself
-        return pa.array(given, pa.list_(pa.uint64()) if is_list else pa.uint64())
+        kind = pa.list_(pa.uint64()) if is_list else pa.uint64()
+        return pa.array(plain, kind, from_pandas=True)
 
 
-def _given(value: Any) -> Any:
-    return None if isinstance(value, float) and math.isnan(value) else value
+def _plain(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _number(value: Any) -> Any:
+    """Integers as the floats that training makes of them; Arrow refuses those that a float rounds."""
+    return float(value) if isinstance(value, int | np.integer) else value

@@ -114,6 +114,26 @@ def test_nan_within_a_list_is_missing(scorer):
     np.testing.assert_array_equal(scorer.score(with_nan), scorer.score(without))
 
 
+@pytest.mark.parametrize("missing", [np.float32("nan"), pd.NA, pd.NaT])
+@pytest.mark.parametrize("name", ROW)
+def test_what_numpy_and_pandas_have_for_missing_values_is_missing(scorer, name, missing):
+    rows = [{**ROW, name: missing}, {**ROW, "user_id": 2**53 + 1}]
+    np.testing.assert_array_equal(scorer.ids(rows), scorer.ids([{**ROW, name: None}, rows[1]]))
+    np.testing.assert_array_equal(scorer.ids(rows[:1]), scorer.ids([{**ROW, name: None}]))
+
+
+@pytest.mark.parametrize("missing", [float("nan"), np.float32("nan"), pd.NA])
+def test_missing_values_in_a_tuple_are_missing(scorer, missing):
+    rows = [{**ROW, "tags": ("new", missing, "sale"), "history": (3, missing, 2**53 + 1)}]
+    np.testing.assert_array_equal(scorer.ids(rows), scorer.ids([{**ROW, "history": [3, 2**53 + 1]}]))
+
+
+def test_numbers_are_rounded_as_in_training(scorer):
+    large = [{**ROW, "age": age} for age in (10**20, 2**53 + 1, np.int64(2**60 + 1), 0.5, True)]
+    plain = [{**ROW, "age": age} for age in (1e20, 2.0**53, 2.0**60, 0.5, 1.0)]
+    np.testing.assert_array_equal(scorer.ids(large), scorer.ids(plain))
+
+
 def test_unsigned_integers_in_dictionaries_are_those_of_an_arrow_table(scorer):
     rows = [{**ROW, "user_id": 2**63 + 5, "history": [3, 2**63 + 7]}, ROW]
     names = [field.name for field in SCHEMA.fields]
