@@ -1,9 +1,8 @@
 """Scores batches by a strategy, and keeps account of what that costs."""
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,8 +12,6 @@ from hetegen_rec.distributed.runtime import Runtime
 from hetegen_rec.inference.lookup import BatchRows, Lookup
 from hetegen_rec.inference.plain import Plain
 from hetegen_rec.inference.strategy import Strategy
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -62,13 +59,18 @@ class StrategyScorer:
     def probabilities(self, batch: Batch) -> Tensor:
         """[B] click probabilities of a batch on the device of the model. A collective."""
         self._num_batches += 1
+        is_timed = self._num_batches & (self._num_batches - 1) == 0
+        now = self._now if is_timed else lambda: 0.0  # to ask a device for the time is to wait for it
         with self._lookup.scoring(self._runtime.device.type):
-            tokens, looking_up = self._timed(lambda: self._lookup.tokens(batch.kjt))
-            rows = BatchRows.of(tokens, batch)
-            scored, scoring = self._timed(lambda: self._strategy.score(rows))
-            if self._num_batches & (self._num_batches - 1) == 0:
-                _, plain = self._timed(lambda: self._plain.score(rows))
-                self._cost.times.append((looking_up + scoring, looking_up + plain))
+            start = now()
+            rows = BatchRows.of(self._lookup.tokens(batch.kjt), batch)
+            looked_up = now()
+            scored = self._strategy.score(rows)
+            end = now()
+            if is_timed:
+                self._plain.score(rows)
+                plain = now() - end
+                self._cost.times.append((end - start, looked_up - start + plain))
         self._cost.add(batch, scored.passes)
         return scored.probabilities
 
@@ -76,11 +78,6 @@ class StrategyScorer:
         """The strategy, its settings, and the mean cost since the last account. A collective."""
         cost, self._cost, self._num_batches = self._cost, Cost(), 0
         return {"strategy": self._name, **cost.over_ranks(self._runtime), **self._strategy.settings}
-
-    def _timed(self, work: Callable[[], T]) -> tuple[T, float]:
-        start = self._now()
-        result = work()
-        return result, self._now() - start
 
     def _now(self) -> float:
         if self._runtime.device.type == "cuda":
