@@ -84,7 +84,7 @@ class Field(Section):
         filled = {key: value for key, value in values.items() if value is not None}
         kind = filled.get("kind")
         filled.setdefault("column", filled.get("name", ""))
-        if kind in _DEFAULT_LENGTHS:
+        if isinstance(kind, str) and kind in _DEFAULT_LENGTHS:
             filled.setdefault("max_length", _DEFAULT_LENGTHS[kind])
         if kind == "sequence":
             return filled

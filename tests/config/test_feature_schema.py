@@ -53,6 +53,7 @@ def test_column_is_the_name_unless_given():
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
+        ({"kind": ["id"]}, "Input should be 'id', "),
         ({"name": "a b"}, "letters, digits and underscores"),
         ({"name": "1st"}, "must not start with a digit"),
         ({"kind": "sequence"}, "a sequence needs `table`"),
