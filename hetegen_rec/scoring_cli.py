@@ -24,6 +24,7 @@ class MissingPackageError(RuntimeError):
 
 
 _LAST_PORT = 65_535
+_LONGEST_MILLISECONDS = 3_600_000
 _USER_ERRORS = (ArtifactError, DataError, LockedError, MissingPackageError)
 
 
@@ -128,8 +129,8 @@ def _positive(text: str) -> int:
 
 def _milliseconds(text: str) -> float:
     number = float(text)
-    if not 0 <= number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is no number of milliseconds")
+    if not 0 <= number <= _LONGEST_MILLISECONDS:
+        raise argparse.ArgumentTypeError(f"{text} is not within 0 and {_LONGEST_MILLISECONDS} milliseconds")
     return number
 
 

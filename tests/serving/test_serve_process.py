@@ -111,7 +111,8 @@ def test_an_address_in_use_is_a_clear_error(path, capsys):
     ("options", "told"),
     [
         (["--max-rows", "0"], "0 is not positive"),
-        (["--batch-ms", "-1"], "-1 is no number of milliseconds"),
+        (["--batch-ms", "-1"], "-1 is not within 0 and 3600000 milliseconds"),
+        (["--batch-ms", "1e300"], "1e300 is not within 0 and 3600000 milliseconds"),
         (["--deadline-ms", "0"], "0 leaves no time to score"),
         (["--port", "65536"], "65536 is not within 0 and 65535"),
         (["--backend", "jit"], "invalid choice"),
