@@ -177,9 +177,12 @@ def require_columns(
     labelled: bool = True,
     fields: Iterable[Field] | None = None,
 ) -> None:
-    """Raises BadRowsError unless the table has every column that is read (see `column_keys`)."""
+    """Raises BadRowsError unless the table has every column that is read (see `column_keys`), once."""
     for column, key in column_keys(schema, labelled=labelled, fields=fields).items():
-        if column not in table.column_names:
+        times = table.column_names.count(column)
+        if times > 1:
+            raise BadRowsError(f"{where}: {times} columns {column!r} (`{key}`); leave all but one out")
+        if not times:
             raise BadRowsError(
                 f"{where}: no column {column!r} (`{key}`); there are: {', '.join(table.column_names)}"
             )

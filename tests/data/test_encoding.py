@@ -251,6 +251,12 @@ def test_a_missing_column_is_named_with_its_key() -> None:
     assert required_columns(SCHEMA) == TYPES.names
 
 
+def test_a_column_that_stands_twice_is_named_with_its_key() -> None:
+    table = table_of({}).append_column("price", pa.array([1.0]))
+    with pytest.raises(DataError, match=r"shard: 2 columns 'price' \(`features\.fields, "):
+        ENCODER.encode(table, 0, "shard")
+
+
 def test_labels_may_be_booleans_or_floats() -> None:
     for values in (pa.array([True, False]), pa.array([1.0, 0.0], pa.float32())):
         table = table_of({}, {}).set_column(0, "y", values)

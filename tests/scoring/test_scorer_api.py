@@ -185,6 +185,10 @@ WRONG = {
     "a value for a list": ([{**ROW, "tags": "new"}], "column 'tags' .* expected lists"),
     "mixed types": ([ROW, {**ROW, "city": 3}], "column 'city': .* of one type"),
     "more than 64 bits": ([{**ROW, "user_id": 1 << 70}], "column 'user_id'"),
+    "a table with a column twice": (
+        as_arrow([ROW]).append_column("age", pa.array([1.0])),
+        "rows to score: 2 columns 'age'",
+    ),
     "a frame with a column twice": (pd.DataFrame([[1, 2]], columns=["user_id"] * 2), "the data frame: "),
     "half an id": ([{**ROW, "user_id": 1.5}], "column 'user_id' .* whole numbers only"),
     "a column too few": (as_arrow([ROW]).drop_columns(["city"]), "no column 'city'"),
