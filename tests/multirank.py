@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from multiprocessing import Pipe, connection
 from pathlib import Path
 from typing import Any
@@ -41,25 +42,36 @@ def run_ranks(
         RanksFailedError: a rank ended with an error, or `timeout` seconds were not enough. All ranks and
             their children are gone then.
     """
-    servers = [_server_of(rank) for rank in range(num_ranks)]
-    for server in servers:
-        server.wait_until_ready()
+    servers = _ready_servers(num_ranks)
     with tempfile.TemporaryDirectory() as name:
-        directory = Path(name)
-        source = sys.modules[function.__module__].__file__
-        (directory / "call").write_bytes(pickle.dumps((source, function.__name__, arguments)))
-        requests = _requests(num_ranks, directory)
-        try:
-            for server, request in zip(servers, requests, strict=True):
-                server.start(request)
-            in_time = _wait(servers, timeout)
-        finally:
-            codes = [server.end() for server in servers]
-        if not in_time or any(codes):
-            reason = f"exit codes {codes}" if in_time else f"not done after {timeout} s"
-            texts = "\n".join(f"--- rank {rank} ---\n{_end_of(one)}" for rank, one in enumerate(requests))
-            raise RanksFailedError(f"{num_ranks} ranks of {function.__name__}: {reason}\n{texts}")
+        requests = _requests(num_ranks, Path(name))
+        codes = _codes_of(servers, requests, function, arguments, timeout)
+        if any(codes):
+            raise _failure(requests, function, f"exit codes {codes}")
         return [pickle.loads(request.result.read_bytes()) for request in requests]
+
+
+@dataclass(frozen=True)
+class End:
+    """How a process ended."""
+
+    code: int
+    """Its exit code; negative for the signal that ended it."""
+    output: str
+    """What it wrote, to stdout and to stderr."""
+
+
+def end_of(function: Callable[..., Any], *arguments: Any, timeout: float = DEFAULT_TIMEOUT) -> End:
+    """Calls a function of a test module in a process of its own, and tells how that ended, however it did.
+
+    Raises:
+        RanksFailedError: `timeout` seconds were not enough. The process and its children are gone then.
+    """
+    servers = _ready_servers(1)
+    with tempfile.TemporaryDirectory() as name:
+        requests = _requests(1, Path(name))
+        (code,) = _codes_of(servers, requests, function, arguments, timeout)
+        return End(code, requests[0].output.read_text(errors="replace"))
 
 
 class _Server:
@@ -134,6 +146,39 @@ def _close_servers() -> None:
         server.close()
 
 
+def _ready_servers(num_ranks: int) -> list[_Server]:
+    servers = [_server_of(rank) for rank in range(num_ranks)]
+    for server in servers:
+        server.wait_until_ready()
+    return servers
+
+
+def _codes_of(
+    servers: Sequence[_Server],
+    requests: Sequence[Request],
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    timeout: float,
+) -> list[int]:
+    """Has a function called by the ranks of a job; their exit codes, once all have ended."""
+    source = sys.modules[function.__module__].__file__
+    requests[0].call.write_bytes(pickle.dumps((source, function.__name__, arguments)))
+    try:
+        for server, request in zip(servers, requests, strict=True):
+            server.start(request)
+        in_time = _wait(servers, timeout)
+    finally:
+        codes = [server.end() for server in servers]
+    if not in_time:
+        raise _failure(requests, function, f"not done after {timeout} s")
+    return codes
+
+
+def _failure(requests: Sequence[Request], function: Callable[..., Any], reason: str) -> RanksFailedError:
+    texts = "\n".join(f"--- rank {rank} ---\n{_last_words(one)}" for rank, one in enumerate(requests))
+    return RanksFailedError(f"{len(requests)} ranks of {function.__name__}: {reason}\n{texts}")
+
+
 def _requests(num_ranks: int, directory: Path) -> list[Request]:
     port = str(_free_port())
     return [
@@ -171,7 +216,7 @@ def _wait(servers: Sequence[_Server], timeout: float) -> bool:
     return failed or not running
 
 
-def _end_of(request: Request) -> str:
+def _last_words(request: Request) -> str:
     """The end of what a rank wrote."""
     return request.output.read_text(errors="replace")[-4000:] if request.output.exists() else ""
 

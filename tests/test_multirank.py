@@ -14,7 +14,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from multirank import RanksFailedError, run_ranks
+from multirank import RanksFailedError, end_of, run_ranks
 
 LEFT_BEHIND = "a rank before was here"
 
@@ -135,3 +135,16 @@ def test_a_failure_ends_the_job_with_code_and_output(way, code, told, tmp_path, 
     assert "rank 0 waits" in first
     assert told in second
     wait_until(lambda: is_gone(int((tmp_path / "0").read_text())))
+
+
+def say_and_exit(code: int) -> None:
+    print("to stdout")
+    print("to stderr", file=sys.stderr)
+    sys.exit(code)
+
+
+@pytest.mark.parametrize("code", [0, 5])
+def test_how_a_process_ends_is_told_and_no_error(code):
+    end = end_of(say_and_exit, code)
+    assert end.code == code
+    assert sorted(end.output.splitlines()) == ["to stderr", "to stdout"]

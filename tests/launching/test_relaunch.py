@@ -2,14 +2,16 @@
 
 import os
 import signal
-import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from threading import Thread
 
 import pytest
+from multirank import End, end_of
 
-CHECKOUT = Path(__file__).parents[2]
+from hetegen_rec.launching import relaunch
 
 RANK = """
 import os, signal, sys, time
@@ -35,32 +37,28 @@ def stop_in_order(code=0, late=0):
 BODY
 """
 
-LAUNCHER = """
-import sys
-from hetegen_rec.launching import relaunch
-relaunch._FOLLOW_SECONDS = 1.0
-sys.exit(relaunch.relaunch("rank", 2, ["a b", "x=1 "], int(sys.argv[1])))
-"""
+
+def launcher(directory: Path, max_restarts: int, sent: Sequence[str]) -> None:
+    """Starts two ranks, and gets some signals once both are ready for one."""
+    os.chdir(directory)
+    os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = "2"
+    relaunch._FOLLOW_SECONDS = 1.0
+    if sent:
+        Thread(target=send_to_me, args=(directory, sent), daemon=True).start()
+    sys.exit(relaunch.relaunch("rank", 2, ["a b", "x=1 "], max_restarts))
 
 
-def launch(directory: Path, body: str, max_restarts: int = 0) -> subprocess.Popen[str]:
+def send_to_me(directory: Path, names: Sequence[str]) -> None:
+    while len(list(directory.glob("ready-*"))) < 2:
+        time.sleep(0.05)
+    for name in names:
+        os.kill(os.getpid(), signal.Signals[name])
+        time.sleep(0.2)
+
+
+def launch(directory: Path, body: str, max_restarts: int = 0, sent: Sequence[str] = ()) -> End:
     (directory / "rank.py").write_text(RANK.replace("BODY", body))
-    return subprocess.Popen(
-        [sys.executable, "-c", LAUNCHER, str(max_restarts)],
-        cwd=directory,
-        env={**os.environ, "PYTHONPATH": str(CHECKOUT), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "2"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(launcher: subprocess.Popen[str]) -> tuple[int, str, str]:
-    try:
-        output, errors = launcher.communicate(timeout=60)
-    finally:
-        launcher.kill()
-    return launcher.returncode, output, errors
+    return end_of(launcher, directory, max_restarts, sent)
 
 
 def attempts(directory: Path) -> int:
@@ -68,7 +66,7 @@ def attempts(directory: Path) -> int:
 
 
 def test_every_rank_gets_the_command_line_and_its_place(tmp_path):
-    assert finish(launch(tmp_path, "", 3)) == (0, "", "")
+    assert launch(tmp_path, "", 3) == End(0, "")
     assert {path.name: path.read_text() for path in tmp_path.glob("seen-*")} == {
         "seen-0-0": "a b x=1 2",
         "seen-1-0": "a b x=1 2",
@@ -107,15 +105,13 @@ def test_every_rank_gets_the_command_line_and_its_place(tmp_path):
     ],
 )
 def test_the_rank_to_blame_decides(tmp_path, body, code, told):
-    result, _, errors = finish(launch(tmp_path, body))
-    assert (result, errors) == (code, told)
+    assert launch(tmp_path, body) == End(code, told)
     assert attempts(tmp_path) == 1
 
 
 def test_a_stopped_process_wakes_up_to_end(tmp_path):
     body = "sys.exit(124) if rank == 1 else (die(signal.SIGSTOP), wait())"
-    result, _, errors = finish(launch(tmp_path, body))
-    assert (result, errors) == (124, "")
+    assert launch(tmp_path, body) == End(124, "")
 
 
 @pytest.mark.parametrize(
@@ -129,13 +125,14 @@ def test_a_stopped_process_wakes_up_to_end(tmp_path):
     ids=["killed once", "crashed twice", "hung every time", "a user's error"],
 )
 def test_restarts(tmp_path, body, code, expected_attempts):
-    result, _, errors = finish(launch(tmp_path, body, max_restarts=2))
-    assert result == code, errors
+    end = launch(tmp_path, body, max_restarts=2)
+    assert end.code == code, end.output
     assert attempts(tmp_path) == expected_attempts
-    assert errors.count("; restart ") == expected_attempts - 1
+    assert end.output.count("; restart ") == expected_attempts - 1
     if expected_attempts > 1:
-        assert errors.splitlines()[0].startswith("error: rank 1 ")
-        assert errors.splitlines()[0].endswith("; restart 1 of 2")
+        first = end.output.splitlines()[0]
+        assert first.startswith("error: rank 1 ")
+        assert first.endswith("; restart 1 of 2")
 
 
 def test_a_restarted_rank_that_is_late_meets_no_dead_ones(tmp_path):
@@ -147,8 +144,8 @@ def test_a_restarted_rank_that_is_late_meets_no_dead_ones(tmp_path):
         "    runtime.gather(rank) if restart or rank == 0 else die(signal.SIGKILL)\n"
         "    open(f'job-{rank}', 'w').write(f'{runtime.job_id} {runtime.restart_count}')"
     )
-    result, _, errors = finish(launch(tmp_path, body, max_restarts=1))
-    assert result == 0, errors
+    end = launch(tmp_path, body, max_restarts=1)
+    assert end.code == 0, end.output
     first, second = ((tmp_path / f"job-{rank}").read_text() for rank in range(2))
     assert first == second
     assert first.endswith(" 1")
@@ -176,15 +173,7 @@ def test_a_restarted_rank_that_is_late_meets_no_dead_ones(tmp_path):
     ],
 )
 def test_a_signal_is_passed_on_once_and_ends_the_job_without_restart(tmp_path, sent, body, code, told):
-    launcher = launch(tmp_path, body, max_restarts=3)
-    deadline = time.monotonic() + 30
-    while len(list(tmp_path.glob("ready-*"))) < 2 and time.monotonic() < deadline:
-        time.sleep(0.05)
-    for name in sent:
-        launcher.send_signal(signal.Signals[name])
-        time.sleep(0.2)
-    result, _, errors = finish(launcher)
-    assert (result, errors) == (code, told)
+    assert launch(tmp_path, body, 3, sent) == End(code, told)
     assert attempts(tmp_path) == 1
     stopped_by = [path.read_text() for path in tmp_path.glob("stopped-*")]
     assert stopped_by == [sent[0]] * len(stopped_by)
@@ -194,6 +183,6 @@ def test_a_signal_is_passed_on_once_and_ends_the_job_without_restart(tmp_path, s
 
 def test_nothing_is_left_running(tmp_path):
     body = "sys.exit(1) if rank == 1 else (open('pid', 'w').write(str(os.getpid())), wait())"
-    finish(launch(tmp_path, body))
+    launch(tmp_path, body)
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
