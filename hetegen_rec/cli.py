@@ -65,7 +65,7 @@ _STORAGE_ERRORS = (
     errno.ENOTDIR,
     errno.EEXIST,
 )
-"""What the system says of a place where nothing can be written; its message names the file."""
+"""What the system says of a place where nothing can be written."""
 
 Verb = Callable[[Job], None]
 
@@ -331,7 +331,7 @@ def _run_job(verb: Verb, job: Job) -> int:
         if error.errno not in _STORAGE_ERRORS:
             raise
         if job.runtime.is_first_to_fail():
-            _tell(error)
+            _tell(_placed(error, job))
         return FAILED
     except Exception as error:
         is_first = job.runtime.is_first_to_fail()
@@ -342,6 +342,14 @@ def _run_job(verb: Verb, job: Job) -> int:
             return LOST_PEER  # it broke here because another rank failed
         raise
     return 0
+
+
+def _placed(error: OSError, job: Job) -> OSError:
+    """The error; where it names no file, as of a full disk, with the places that the job writes to."""
+    if error.filename is not None:
+        return error
+    places = [job.output, job.config.run_dir, job.config.data.prepared_dir]
+    return OSError(f"{error}; this job writes to {', '.join(place for place in places if place is not None)}")
 
 
 def _tell_loss(rank: int, loss: str) -> None:

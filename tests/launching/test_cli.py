@@ -1,5 +1,6 @@
 """The command line: words to verbs, the log, and what a failing rank does to the job."""
 
+import errno
 import json
 import logging
 import re
@@ -171,6 +172,20 @@ def test_expected_errors_are_one_line_from_the_rank_that_failed(
     monkeypatch.setitem(cli.VERBS, "prepare", (fail, ""))
     assert cli.main(["prepare", "--config", config]) == code
     assert re.fullmatch(told, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("named", "told"),
+    [(["part-0"], ": 'part-0'\n"), ([], "; this job writes to scores, runs/full, ")],
+    ids=["file", "no file"],
+)
+def test_a_full_disk_is_told_with_the_file_or_where_the_job_writes(named, told, config, monkeypatch, capsys):
+    def fail(job: Job) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", *named)
+
+    monkeypatch.setitem(cli.VERBS, "predict", (fail, ""))
+    assert cli.main(["predict", "--config", config, "--output", "scores", "run_dir=runs/full"]) == 2
+    assert f"error: [Errno 28] No space left on device{told}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", [f"{GLOO} Connection closed by peer", "pipeline broke"])
