@@ -13,6 +13,8 @@ from hetegen_rec.config.run import AttentionConfig
 
 _is_fp32_on_cpu = ContextVar("_is_fp32_on_cpu", default=True)
 
+_ROWS_AT_ONCE = 65_535  # on CUDA, whose kernels number rows in a dimension of the grid that ends there
+
 
 @dataclass
 class Guidance:
@@ -34,15 +36,34 @@ def attend(
 ) -> Tensor:
     """As `scaled_dot_product_attention` of [B, H, S, D / H], in fp32 on the CPU.
 
-    The CPU's fused kernel takes several times as long in bf16 on heads of few numbers.
+    The CPU's fused kernel takes several times as long in bf16 on heads of few numbers. On CUDA any B will do.
+    A mask is [B, 1, S, S].
     """
     fused = functional.scaled_dot_product_attention
+    if value.device.type == "cuda" and len(value) > _ROWS_AT_ONCE:
+        return _attend_in_pieces(query, key, value, attn_mask, dropout_p, scale)
     if value.device.type != "cpu" or value.dtype == torch.float32 or not _is_fp32_on_cpu.get():
         return fused(query, key, value, attn_mask, dropout_p, scale=scale)
     bias = None if attn_mask is None else attn_mask.float()
     with torch.autocast("cpu", enabled=False):
         mixed = fused(query.float(), key.float(), value.float(), bias, dropout_p, scale=scale)
     return mixed.to(value.dtype)
+
+
+def _attend_in_pieces(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    scale: float | None,
+) -> Tensor:
+    """Attention of so few rows at once that every kernel takes them."""
+    queries, keys, values = (torch.split(whole, _ROWS_AT_ONCE) for whole in (query, key, value))
+    masks = [None] * len(values) if attn_mask is None else torch.split(attn_mask, _ROWS_AT_ONCE)
+    fused = functional.scaled_dot_product_attention
+    pieces = zip(queries, keys, values, masks, strict=True)
+    return torch.cat([fused(*piece, dropout_p, scale=scale) for piece in pieces])
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Difficulty-guided attention against a slow reference."""
 
 import math
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch.nn import functional
 
 from hetegen_rec.config.run import AttentionConfig, AttentionGuidance
+from hetegen_rec.models import attention as attention_module
 from hetegen_rec.models.attention import Guidance, GuidedAttention, attend
 
 DIM, HEADS, LENGTH, ROWS = 8, 2, 5, 3
@@ -126,3 +128,38 @@ def test_bf16_attends_in_fp32_on_the_cpu(autocast):
         query.float(), key.float(), value.float(), attn_mask=holes
     )
     assert torch.equal(mixed, exact.bfloat16())  # rounded once, at the end
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("rows_at_once", [1, 2, ROWS])
+def test_rows_in_pieces_attend_as_all_at_once(masked, rows_at_once, padding, monkeypatch):
+    monkeypatch.setattr(attention_module, "_ROWS_AT_ONCE", rows_at_once)
+    numbers = torch.Generator().manual_seed(3)
+    shape = (ROWS, HEADS, LENGTH, DIM // HEADS)
+    parts = [torch.randn(shape, generator=numbers, requires_grad=True) for _ in range(3)]
+    holes = torch.zeros(ROWS, LENGTH).masked_fill(padding, -math.inf)[:, None, None, :]
+    mask = holes.expand(ROWS, 1, LENGTH, LENGTH) if masked else None
+    upstream = torch.randn(shape, generator=numbers)
+    found = []
+    for attend_by in (functional.scaled_dot_product_attention, attention_module._attend_in_pieces):
+        mixed = attend_by(*parts, mask, 0.0, scale=0.7)
+        found.append([mixed, *torch.autograd.grad(mixed, parts, upstream)])
+    for whole, pieces in zip(*found, strict=True):
+        torch.testing.assert_close(pieces, whole)
+
+
+@pytest.mark.parametrize(
+    ("device", "rows", "pieces"), [("cuda", 4, True), ("cuda", 3, False), ("cpu", 4, False)]
+)
+def test_rows_are_cut_on_cuda_where_a_kernel_could_not_number_them(device, rows, pieces, monkeypatch):
+    class Rows(SimpleNamespace):
+        """What `attend` asks of a tensor, on a device that is not here."""
+
+        def __len__(self):
+            return rows
+
+    monkeypatch.setattr(attention_module, "_ROWS_AT_ONCE", 3)
+    monkeypatch.setattr(attention_module, "_attend_in_pieces", lambda *arguments: True)
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", lambda *arguments, scale: False)
+    tensor = Rows(device=torch.device(device), dtype=torch.float32)
+    assert attend(tensor, tensor, tensor) is pieces
