@@ -40,7 +40,6 @@ LAUNCHER = (
 
 HANGS = {
     "in Python": ("time.sleep(600)", {HUNG}),
-    "in C": ("ctypes.CDLL(None).sleep(600)", {HUNG}),
     "in C with the lock of Python": ("ctypes.PyDLL(None).sleep(600)", {1, HUNG}),
     "stopped": ("os.kill(os.getpid(), signal.SIGSTOP)", {HUNG}),
 }

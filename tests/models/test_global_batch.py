@@ -67,12 +67,18 @@ def test_the_mean_over_the_ranks_is_the_gradient_of_the_global_batch():
             )
 
 
-@pytest.mark.parametrize("kind", ["mask", "marginal"])
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("stage", STAGES)
-def test_nothing_but_padding_trains_nothing(stage, form, kind):
-    config = model_config(balance=balance_of(form), noise={"kind": kind})
-    model = make_model(log(), stage, config, table_l2=0.1)
+@pytest.mark.parametrize(
+    ("stage", "settings"),
+    [
+        *((stage, {"balance": balance_of(form)}) for stage in ("pretrain", "joint") for form in FORMS),
+        *((stage, {"noise": {"kind": "marginal"}}) for stage in ("pretrain", "joint")),
+        ("finetune", {}),  # which neither balances nor adds noise
+        ("scratch", {}),
+    ],
+    ids=str,
+)
+def test_nothing_but_padding_trains_nothing(stage, settings):
+    model = make_model(log(), stage, model_config(**settings), table_l2=0.1)
     loss, outputs = model(replace(log().batch(0, 0, padding=8), num_real_rows=32))
     loss.backward()
     assert all(term.isfinite() for term in outputs.terms.values())
