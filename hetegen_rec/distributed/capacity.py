@@ -32,6 +32,7 @@ from hetegen_rec.models.footprint import Footprint
 _GIGA = 1e9
 _TOUCHES = 3  # of a table row's numbers by a lookup: read forward; read and written by the update
 _DENSE_COPIES = 4  # of what trains, besides the weights: gradient, its bucket, two moments of AdamW
+_MOMENTS = 2  # of AdamW, that a checkpoint holds besides the weights
 _ACTIVATION_TOUCHES = (
     5  # of what forward keeps: written, read on, read backward; its gradient written and read
 )
@@ -84,9 +85,13 @@ class RankMemory:
     exchange: float
     """Looked-up rows before and after they are exchanged, and their gradients."""
     batches: float
+    checkpoint: float
+    """The copy of weights and optimizer states for checkpoints, if it stands beside them."""
     reserve: float
     host_tables: float
     """In the host's memory while the rest is on a device; not part of the total."""
+    host_checkpoint: float
+    """The copy, if the rest is on a device; not part of the total."""
 
     @property
     def total(self) -> float:
@@ -98,8 +103,14 @@ class RankMemory:
             + self.activations
             + self.exchange
             + self.batches
+            + self.checkpoint
             + self.reserve
         )
+
+    @property
+    def on_host(self) -> float:
+        """In the host's memory while the rest is on a device."""
+        return self.host_tables + self.host_checkpoint
 
 
 @dataclass(frozen=True)
@@ -190,7 +201,7 @@ def memory_by_rank(setting: Setting, rows: int) -> list[RankMemory]:
         rows: of the data on each rank.
     """
     size, assumed = setting.world.size, setting.profile.assumptions
-    tables, states, hosted, looked_up = (np.zeros(size) for _ in range(4))
+    tables, states, hosted, copied, looked_up = (np.zeros(size) for _ in range(5))
     for block in setting.blocks:
         on_device = _DEVICE_SHARE.get(block.kernel, 1.0)
         for rank, share in zip(block.ranks, block.shares, strict=True):
@@ -201,6 +212,7 @@ def memory_by_rank(setting: Setting, rows: int) -> list[RankMemory]:
             tables[rank] += weights * on_device
             states[rank] += state_on_device
             hosted[rank] += weights * (on_device < 1.0) + state - state_on_device
+            copied[rank] += weights + state
             looked_up[rank] += size * rows * block.load.num_keys * block.columns * WEIGHT_BYTES
     received = rows * sum(load.num_keys * load.dim for load in setting.loads) * WEIGHT_BYTES
     copies = sum(load.rows * load.dim for load in setting.copies) * WEIGHT_BYTES
@@ -209,6 +221,8 @@ def memory_by_rank(setting: Setting, rows: int) -> list[RankMemory]:
     )
     footprint = setting.footprint
     dense = (footprint.parameters + _DENSE_COPIES * footprint.trained_parameters) * WEIGHT_BYTES
+    copied += copies + copied_states
+    copied += (footprint.parameters + _MOMENTS * footprint.trained_parameters) * WEIGHT_BYTES
     is_device = setting.profile.device == "cuda"
     return [
         RankMemory(
@@ -218,8 +232,10 @@ def memory_by_rank(setting: Setting, rows: int) -> list[RankMemory]:
             activations=assumed.activations * footprint.saved_bytes.at(rows),
             exchange=2 * (float(looked_up[rank]) + received),
             batches=_BATCHES_IN_FLIGHT * rows * setting.batch_row_bytes,
+            checkpoint=0.0 if is_device else float(copied[rank]),
             reserve=assumed.reserve_gb * _GIGA if is_device else 0.0,
             host_tables=float(hosted[rank]),
+            host_checkpoint=float(copied[rank]) if is_device else 0.0,
         )
         for rank in range(size)
     ]
@@ -227,7 +243,7 @@ def memory_by_rank(setting: Setting, rows: int) -> list[RankMemory]:
 
 def fits(setting: Setting, memory: Sequence[RankMemory]) -> bool:
     """Whether every rank has what it needs."""
-    return all(one.total <= setting.cap and one.host_tables <= setting.host_cap for one in memory)
+    return all(one.total <= setting.cap and one.on_host <= setting.host_cap for one in memory)
 
 
 def traffic_by_collective(setting: Setting, rows: int) -> dict[str, LinkBytes]:

@@ -30,7 +30,7 @@ from hetegen_rec.distributed.sharding import TableSharder, make_sharders
 logger = logging.getLogger(__name__)
 
 HOST_SHARE = 0.8
-"""Of a host's memory for tables, unless configured."""
+"""Of a host's memory for tables and the copies that checkpoints are written from, unless configured."""
 
 _GB = 1e9
 _DEVICE_RESERVE = 0.15  # of a device's memory kept for activations, gradients and the dense part
@@ -71,7 +71,7 @@ class Cluster:
     local_world_size: int
     """Ranks per host."""
     host_bytes: int
-    """Memory for tables per host, shared by its ranks."""
+    """Memory per host, shared by its ranks, for tables and the copies that checkpoints come from."""
     device_bytes: int = 0
     """Memory per CUDA device; 0 on CPU."""
     bandwidths: Bandwidths | None = None
@@ -162,7 +162,7 @@ def make_plan(model: nn.Module, config: DistributedConfig, cluster: Cluster, bat
     tables = _tables(model)
     constraints = {table.name: _constrain(table, config, cluster, sharders[0]) for table in tables}
     planner = EmbeddingShardingPlanner(
-        topology=_topology(cluster),
+        topology=_topology(cluster, _host_bytes_for_tables(cluster, tables)),
         batch_size=batch_size,
         constraints=constraints,
         storage_reservation=FixedPercentageStorageReservation(_DEVICE_RESERVE),
@@ -225,12 +225,22 @@ def _device_memory(config: DistributedConfig) -> int:
     return _FALLBACK_DEVICE_BYTES
 
 
-def _topology(cluster: Cluster) -> Topology:
+def _host_bytes_for_tables(cluster: Cluster, tables: Sequence[EmbeddingBagConfig]) -> int:
+    """What a rank may hold of tables in its host's memory, beside the copy that checkpoints are written from.
+
+    The copy is as large as all that the rank holds, on its device too. Before the plan no more is known of
+    the device's part than that it is at most what the device takes, or all there is.
+    """
+    on_device = min((1 - _DEVICE_RESERVE) * cluster.device_bytes, sum(map(_table_bytes, tables)))
+    return max(1, int(cluster.host_bytes_per_rank - on_device) // 2)  # TorchRec wants a positive number
+
+
+def _topology(cluster: Cluster, host_bytes_for_tables: int) -> Topology:
     return TopologyFactory.create_topology(
         TrainerConfig(
             world_size=cluster.world_size,
             local_world_size=cluster.local_world_size,
-            ddr_cap_bytes=cluster.host_bytes_per_rank,
+            ddr_cap_bytes=host_bytes_for_tables,
             hbm_cap_bytes=cluster.device_bytes or None,
         ),
         hardware_config=_hardware(cluster.bandwidths),
@@ -379,7 +389,11 @@ def _explain(error: PlannerError, tables: Sequence[EmbeddingBagConfig], cluster:
         for table in largest[:5]
     )
     total = sum(map(_table_bytes, tables))
-    memory = f"{cluster.host_bytes_per_rank / _GB:.3f} GB of host memory"
+    for_tables = _host_bytes_for_tables(cluster, tables)
+    memory = (
+        f"{cluster.host_bytes_per_rank / _GB:.3f} GB of host memory ({for_tables / _GB:.3f} GB for tables, "
+        "beside the copy that checkpoints are written from)"
+    )
     if cluster.device == "cuda":
         memory += f" and {cluster.device_bytes / _GB:.3f} GB of device memory"
     reason = str(error).split("Last planner error:")[-1].strip().splitlines()

@@ -22,6 +22,7 @@ MEMORY_PARTS = {
     "activations": "activations",
     "exchange": "looked-up rows",
     "batches": "batches",
+    "checkpoint": "checkpoint copy",
     "reserve": "reserve",
 }
 """Parts of a rank's memory, by attribute."""
@@ -141,15 +142,21 @@ def _memory_table(report: CapacityReport) -> Table:
     fullest = sorted(range(len(report.memory)), key=lambda rank: -report.memory[rank].total)
     shown = sorted(fullest[:_MOST_LINES])
     which = f", the {len(shown)} fullest of {len(fullest)} ranks" * (len(shown) < len(fullest))
-    table = Table(title=f"Memory per rank in GB, of {report.cap / _GB:,.1f}{which} (estimate)")
-    has_hosted = any(one.host_tables for one in report.memory)
-    titles = ["rank", *MEMORY_PARTS.values(), "total", "of cap", *["on host"] * has_hosted]
+    is_device = report.profile.device == "cuda"
+    caps = f"{report.cap / _GB:,.1f}" + f", {report.host_cap / _GB:,.1f} on the host" * is_device
+    table = Table(title=f"Memory per rank in GB, of {caps}{which} (estimate)")
+    parts = {
+        part: title
+        for part, title in MEMORY_PARTS.items()
+        if any(getattr(one, part) for one in report.memory)
+    }
+    titles = ["rank", *parts.values(), "total", "of cap", *["on host"] * is_device]
     for title in titles:
         table.add_column(title, justify="right")
     for rank in shown:
         one = report.memory[rank]
-        cells = [f"{getattr(one, part) / _GB:.2f}" for part in MEMORY_PARTS]
-        hosted = [f"{one.host_tables / _GB:.2f}"] * has_hosted
+        cells = [f"{getattr(one, part) / _GB:.2f}" for part in parts]
+        hosted = [f"{one.on_host / _GB:.2f}"] * is_device
         table.add_row(str(rank), *cells, f"{one.total / _GB:.2f}", f"{one.total / report.cap:.0%}", *hosted)
     return table
 

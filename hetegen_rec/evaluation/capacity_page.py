@@ -25,7 +25,7 @@ from hetegen_rec.evaluation.plots import INK, MUTED, STYLE
 from hetegen_rec.evaluation.report_sections import PlotCard
 from hetegen_rec.files import write_whole
 
-_PART_COLORS = ("#2459a9", "#7f9fd0", "#5c4fb0", "#1f8a70", "#c9822b", "#e3bf8f", "#d3d7de")
+_PART_COLORS = ("#2459a9", "#7f9fd0", "#5c4fb0", "#1f8a70", "#c9822b", "#e3bf8f", "#8b909a", "#d3d7de")
 _TIME_COLORS = ("#1f8a70", "#2459a9", "#e3bf8f", "#c9822b", "#b3423a", "#5c4fb0", "#8b909a", "#22262e")
 _LINK_COLORS = {"intra_host": "#2459a9", "inter_host": "#b3423a", "host_device": "#c9822b"}
 _GB, _MB = 1e9, 1e6

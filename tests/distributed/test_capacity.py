@@ -108,6 +108,29 @@ def test_states_of_tables_on_the_host_stand_where_fbgemm_puts_them(
     assert found.host_tables == 4 * (ITEM.rows * ITEM.dim + sum(state.uvm_size for state in states))
 
 
+def test_the_copy_for_checkpoints_is_in_the_memory_of_the_host() -> None:
+    network = (100 + 2 * 50) * 4
+    of_item = 4 * ITEM.rows * (ITEM.dim + 1)
+    for kernel in ("fused", "fused_uvm", "fused_uvm_caching"):
+        first, second, *_ = memory_by_rank(setting(whole(ITEM, 0, kernel)), 10)
+        assert first.host_checkpoint == of_item + network
+        assert second.host_checkpoint == network
+        assert first.checkpoint == second.checkpoint == 0.0
+        assert first.on_host == first.host_tables + first.host_checkpoint
+    on_cpu = replace(setting(whole(ITEM, 0)), profile=PROFILE.model_copy(update={"device": "cpu"}))
+    first = memory_by_rank(on_cpu, 10)[0]
+    assert (first.checkpoint, first.on_host) == (of_item + network, 0.0)
+    assert first.total > first.tables + first.checkpoint
+
+
+def test_a_host_without_room_for_the_copy_does_not_fit() -> None:
+    whole_host = setting()
+    memory = memory_by_rank(whole_host, 10)
+    needed = max(one.on_host for one in memory)
+    assert fits(replace(whole_host, host_cap=needed), memory)
+    assert not fits(replace(whole_host, host_cap=needed - 1), memory)
+
+
 def test_copies_stand_everywhere_and_their_gradients_are_reduced() -> None:
     copied = replace(setting(whole(ITEM, 0)), copies=(USER,))
     tables = [one.tables for one in memory_by_rank(copied, 10)]

@@ -1,5 +1,5 @@
 import json
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -134,13 +134,30 @@ def test_memory_is_shared_by_the_ranks_of_a_host() -> None:
     assert 0 < describe_cluster(DistributedConfig(), "cpu", 1, 1).host_bytes < 2**50
 
 
+def _fits(cluster: Cluster, kernel: Literal["fused", "fused_uvm"]) -> bool:
+    """Whether a table of 1.28 GB, with 0.16 GB of optimizer state, has a plan."""
+    toy = _toy({"item": 40_000_000}, cluster.device)
+    try:
+        make_plan(toy, _config(item=TableConfig(kernel=kernel)), cluster, 16)
+    except PlanningError:
+        return False
+    return True
+
+
+def test_tables_leave_room_for_the_copy_that_checkpoints_are_written_from() -> None:
+    assert not _fits(Cluster("cpu", 1, 1, 2 * GB), "fused")
+    assert _fits(Cluster("cpu", 1, 1, 4 * GB), "fused")
+    assert not _fits(Cluster("cuda", 1, 1, 3 * GB, 2 * GB), "fused_uvm")
+    assert _fits(Cluster("cuda", 1, 1, 5 * GB, 2 * GB), "fused_uvm")
+
+
 def test_tables_that_do_not_fit_are_named_with_the_keys_to_change() -> None:
     toy = _toy({"user": 100, "item": 200_000_000})
     with pytest.raises(PlanningError) as caught:
         make_plan(toy, _config(), Cluster("cpu", 2, 2, GB), 256)
     message = str(caught.value)
     assert "item (200,000,000 x 8, 6.400 GB)" in message
-    assert "2 ranks with 0.500 GB" in message
+    assert "2 ranks with 0.500 GB of host memory (0.250 GB for tables" in message
     assert "distributed.host_memory_gb" in message
 
 
