@@ -67,11 +67,20 @@ def end_of(function: Callable[..., Any], *arguments: Any, timeout: float = DEFAU
     Raises:
         RanksFailedError: `timeout` seconds were not enough. The process and its children are gone then.
     """
-    servers = _ready_servers(1)
+    (end,) = ends_of(1, function, *arguments, timeout=timeout)
+    return end
+
+
+def ends_of(
+    num_ranks: int, function: Callable[..., Any], *arguments: Any, timeout: float = DEFAULT_TIMEOUT
+) -> list[End]:
+    """As `run_ranks`, but tells how every rank ended, however it did."""
+    servers = _ready_servers(num_ranks)
     with tempfile.TemporaryDirectory() as name:
-        requests = _requests(1, Path(name))
-        (code,) = _codes_of(servers, requests, function, arguments, timeout)
-        return End(code, requests[0].output.read_text(errors="replace"))
+        requests = _requests(num_ranks, Path(name))
+        codes = _codes_of(servers, requests, function, arguments, timeout)
+        outputs = [request.output.read_text(errors="replace") for request in requests]
+        return [End(code, output) for code, output in zip(codes, outputs, strict=True)]
 
 
 class _Server:

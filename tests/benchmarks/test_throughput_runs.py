@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pyarrow as pa
@@ -70,9 +68,7 @@ def test_variants_with_ranks_are_jobs_of_their_own(tmp_path):
     path = tmp_path / "ranks.yaml"
     path.write_text("question: Does it run?\nrepeats: 1\nvariants: [{name: two, ranks: 1, jobs: 2}]\n")
     options = [str(path), "--steps", "2", "--results", str(tmp_path), *TINY]
-    command = [sys.executable, "-m", "benchmarks.run", *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 0, done.stderr
+    assert main(options) == 0
     numbers = json.loads((tmp_path / "ranks.json").read_text())
     assert (numbers["made"]["ranks"], numbers["made"]["threads"]) == (None, 1)
     (variant,) = numbers["variants"]
