@@ -14,6 +14,7 @@ from hetegen_rec.inference.regeneration import Regenerator, draw_by_count, look_
 from hetegen_rec.inference.symmetric import Symmetric
 
 HEADS = {"full softmax": 8, "sampled softmax": 0}
+STEPS = {"full softmax": 150, "sampled softmax": 600}  # cosines take longer to be as sure
 ROW, OTHER = 0, 7
 """A row of value 0, and the value of rows whose clicks are the opposite."""
 WRONG = {(ROW, "two"): OTHER + NUM_RESERVED_IDS}
@@ -22,7 +23,7 @@ WRONG = {(ROW, "two"): OTHER + NUM_RESERVED_IDS}
 @cache
 def model_with(head: str):
     torch.manual_seed(0)
-    return trained_model(HEADS[head])
+    return trained_model(HEADS[head], STEPS[head])
 
 
 def strategy(head="full softmax", seed=0, **config):
