@@ -3,11 +3,11 @@
 from typing import Any, get_args
 
 import pytest
+from minimal_run import minimal_run
 from pydantic import ValidationError
 
 from hetegen_rec.config import ConfigError
 from hetegen_rec.config.backbone import BackboneConfig, BackboneName
-from hetegen_rec.config.loading import parse_config
 from hetegen_rec.config.run import ModelConfig, RunConfig
 
 NAMES = get_args(BackboneName)
@@ -31,14 +31,7 @@ HISTORY = {"name": "history", "kind": "sequence", "table": "item"}
 
 
 def run_config(fields: list[dict[str, Any]], **backbone: Any) -> RunConfig:
-    values: dict[str, Any] = {
-        "name": "demo",
-        "run_dir": "runs/demo",
-        "data": {"train": "t.parquet", "valid": "v.parquet", "prepared_dir": "data/demo"},
-        "features": {"label": "click", "fields": fields},
-        "model": {"backbone": backbone},
-    }
-    return parse_config(values, "test")
+    return minimal_run(features={"fields": fields}, model={"backbone": backbone})
 
 
 def is_refused(name: str, key: str) -> bool:

@@ -1,9 +1,9 @@
 """Which settings an objective reads, and what it needs of the schema and of other sections."""
 
 import pytest
+from minimal_run import minimal_run
 
 from hetegen_rec.config import ConfigError
-from hetegen_rec.config.loading import parse_config
 
 FIELDS = [
     {"name": "user", "kind": "id"},
@@ -13,15 +13,9 @@ FIELDS = [
 
 
 def parse(objective, model=None, **features):
-    return parse_config(
-        {
-            "name": "demo",
-            "run_dir": "runs/demo",
-            "data": {"train": "t.parquet", "valid": "v.parquet", "prepared_dir": "data/demo"},
-            "features": {"label": "click", "item": "item", "fields": FIELDS, **features},
-            "model": {"objective": objective, **(model or {})},
-        },
-        "test",
+    return minimal_run(
+        features={"item": "item", "fields": FIELDS, **features},
+        model={"objective": objective, **(model or {})},
     )
 
 

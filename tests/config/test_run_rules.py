@@ -1,27 +1,14 @@
 """Rules between the sections of a run's configuration, and the configurations that ship."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
+from minimal_run import minimal_run
 
 from hetegen_rec.config import ConfigError, load_config, save_config
 from hetegen_rec.config.loading import parse_config
-from hetegen_rec.config.run import RunConfig
 
 SHIPPED = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
-
-
-def run_config(**sections: Any) -> RunConfig:
-    values: dict[str, Any] = {
-        "name": "demo",
-        "run_dir": "runs/demo",
-        "data": {"train": "t.parquet", "valid": "v.parquet", "prepared_dir": "data/demo"},
-        "features": {"label": "click", "fields": [{"name": "user", "kind": "id"}]},
-    }
-    for name, section in sections.items():
-        values[name] = {**values.get(name, {}), **section}
-    return parse_config(values, "test")
 
 
 @pytest.mark.parametrize(
@@ -55,7 +42,7 @@ def run_config(**sections: Any) -> RunConfig:
 )
 def test_contradictions_are_errors_that_name_the_key(sections, message):
     with pytest.raises(ConfigError, match=message):
-        run_config(**sections)
+        minimal_run(**sections)
 
 
 def test_built_in_source_needs_no_paths():
@@ -74,7 +61,7 @@ def test_built_in_source_needs_no_paths():
 
 
 def test_sections_cannot_be_changed_after_loading():
-    config = run_config()
+    config = minimal_run()
     with pytest.raises(ValueError, match="frozen"):
         config.train.batch_size = 1  # type: ignore[misc]
 
@@ -105,5 +92,5 @@ def test_runs_that_ship_do_not_write_into_each_other():
     ],
 )
 def test_frequencies_that_a_stage_reads(stage, table_l2, read):
-    config = run_config(stages={stage: {"table_l2": table_l2}})
+    config = minimal_run(stages={stage: {"table_l2": table_l2}})
     assert config.frequencies(stage) == read
