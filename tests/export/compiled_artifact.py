@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from made_once import made_once
 from tiny_artifact import write_tiny_artifact
 
 from hetegen_rec.scoring.manifest import MANIFEST
@@ -28,11 +29,17 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     """Back ends aten and aoti, int8 rows in tables of two widths; no test may change it."""
     if shutil.which("g++") is None:
         pytest.skip("no C++ compiler on this machine")
-    root, temporary = tmp_path_factory.mktemp("compiled") / "artifact", tmp_path_factory.mktemp("temporary")
+    place = made_once(tmp_path_factory, "compiled", _compile)
+    return Compiled(
+        place / "artifact", [path.name for path in (place / "temporary").rglob("*") if path.is_file()]
+    )
+
+
+def _compile(place: Path) -> None:
+    (place / "temporary").mkdir()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tempfile, "tempdir", str(temporary))
-        write_tiny_artifact(root, precision="int8", backends=("aten", "aoti"))
-    return Compiled(root, [path.name for path in temporary.rglob("*") if path.is_file()])
+        patch.setattr(tempfile, "tempdir", str(place / "temporary"))
+        write_tiny_artifact(place / "artifact", precision="int8", backends=("aten", "aoti"))
 
 
 def doctored(compiled: Compiled, place: Path, change: Callable[[dict[str, Any]], None]) -> Path:

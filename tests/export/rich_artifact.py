@@ -1,5 +1,6 @@
 """A small trained run, exported with every graph that its fields can have."""
 
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from made_once import made_once
 from numpy.typing import NDArray
 from tiny_run import tiny_values, write_config
 
@@ -58,14 +60,16 @@ class RichRun:
 
 @pytest.fixture(scope="session")
 def rich_run(tmp_path_factory: pytest.TempPathFactory) -> RichRun:
-    """The run, made once."""
-    run = RichRun(tmp_path_factory.mktemp("rich"))
-    values = tiny_values(run.directory)
-    fields = values["features"]["fields"]
-    values["features"]["fields"] = [
-        {**one, **({"dim": _DIMS[one["name"]]} if one["name"] in _DIMS else {})} for one in fields
-    ]
-    write_config(run.directory, values)
+    """The run: a copy of the one that all workers have, as evaluating writes into it."""
+    directory = tmp_path_factory.mktemp("rich")
+    shutil.copytree(made_once(tmp_path_factory, "rich-run", _make), directory, dirs_exist_ok=True)
+    _write_config(directory)
+    return RichRun(directory)
+
+
+def _make(directory: Path) -> None:
+    run = RichRun(directory)
+    _write_config(directory)
     assert run.hetegen("joint") == 0
     wanted = (
         "export.backends=[aten,fbgemm]",
@@ -73,5 +77,13 @@ def rich_run(tmp_path_factory: pytest.TempPathFactory) -> RichRun:
         f"export.shared_fields=[{','.join(SHARED)}]",
         "export.parity_rows=240",
     )
-    assert run.hetegen("export", "--output", str(run.directory / "artifact"), *wanted) == 0
-    return run
+    assert run.hetegen("export", "--output", str(directory / "artifact"), *wanted) == 0
+
+
+def _write_config(directory: Path) -> None:
+    values = tiny_values(directory)
+    fields = values["features"]["fields"]
+    values["features"]["fields"] = [
+        {**one, **({"dim": _DIMS[one["name"]]} if one["name"] in _DIMS else {})} for one in fields
+    ]
+    write_config(directory, values)
