@@ -1,12 +1,18 @@
 """The kill harness: what it notices, what it draws, and one training that is really killed."""
 
+import os
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
+from multirank import run_ranks
 
 from benchmarks.chaos import __main__ as chaos
+from benchmarks.chaos import running
 from benchmarks.chaos.plan import MOMENTS, RESUME_POINTS, VICTIMS, draw_trial
+from benchmarks.chaos.rank import main as rank_main
 from benchmarks.chaos.records import (
     Attempt,
     AttemptId,
@@ -191,7 +197,25 @@ def test_a_failed_trial_is_told_and_kept(tmp_path, monkeypatch, capsys):
     assert "| all |  | 3 | 1 | 1 | 1 | 3 | 2 | 3 |" in page.read_text()
 
 
-def test_a_training_killed_while_it_writes_ends_like_an_undisturbed_one(tmp_path):
+def undisturbed_rank(*words: str) -> None:
+    """What each rank does whom no launcher will start again."""
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = "0"
+    sys.argv[1:] = words
+    assert rank_main() == 0
+
+
+def test_a_training_killed_while_it_writes_ends_like_an_undisturbed_one(tmp_path, monkeypatch):
+    launch = running._launch
+
+    def with_a_launcher_if_restarted(command: list[str], log: Path) -> int:
+        *_, directory, number, _, _, _, restarts = command
+        if restarts != "0":
+            return launch(command, log)
+        run_ranks(running.RANKS, undisturbed_rank, directory, number)
+        return 0
+
+    monkeypatch.setattr(running, "_launch", with_a_launcher_if_restarted)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as `run_ranks` has it, so that sums are rounded alike
     page = tmp_path / "chaos.md"
     small = ["data.source.rows=752", "stages.joint.epochs=1", "checkpoints.every_steps=2"]
     options = ["--trials", "1", "--first", "3", "--out", str(tmp_path), "--results", str(page)]
