@@ -34,17 +34,14 @@ class Generative:
     """Whether the method is on our side of the contest; true without one."""
 
     @cached_property
-    def stages(self) -> list[StageRecord]:
-        """What was kept of it, one a seed."""
-        return [
-            read_run(directory.parent).stages.get(directory.name, StageRecord(directory.name))
-            for directory in self.directories
-        ]
-
-    @property
     def first(self) -> StageRecord:
-        """That of the first seed."""
-        return self.stages[0]
+        """What was kept of it with the first seed, which is all that most tables need."""
+        return _record_of(self.directories[0])
+
+    @cached_property
+    def stages(self) -> list[StageRecord]:
+        """The same, one a seed."""
+        return [self.first, *map(_record_of, self.directories[1:])]
 
     @cached_property
     def reconstructions(self) -> list[_Fields]:
@@ -72,6 +69,10 @@ class Generative:
     def _series(self, field: str, measure: str) -> list[Series]:
         found = [stage.field_series(field, measure) for stage in self.stages]
         return [one for one in found if one]
+
+
+def _record_of(directory: Path) -> StageRecord:
+    return read_run(directory.parent).stages.get(directory.name, StageRecord(directory.name))
 
 
 def diagnostic_sections(summary: Summary, out: Path) -> Iterator[Section]:
