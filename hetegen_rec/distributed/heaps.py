@@ -2,7 +2,10 @@
 
 import ctypes
 
-_M_ARENA_MAX, _HEAPS = -8, 2  # mallopt's name of the setting (malloc.h), and what it is set to
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # mallopt's names of settings (malloc.h)
+_HEAPS = 2
+_LARGEST_IN_HEAP = 32 << 20  # bytes; the most that mallopt takes
+_NEVER = -1
 
 
 def share_heaps() -> None:
@@ -11,9 +14,17 @@ def share_heaps() -> None:
     glibc gives threads heaps of their own and keeps what they leave in them. Readers' threads come and go
     with every epoch and evaluation, so that memory would grow for hours.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_ARENA_MAX, _HEAPS)
+    _set(_M_ARENA_MAX, _HEAPS)
+
+
+def keep_freed_blocks() -> None:
+    """Keeps what a step frees for the next one, whose tensors are of the same sizes.
+
+    glibc gives blocks of some megabytes back to the system as soon as they are free. Every step would take
+    its activations anew, and the system would clear each page at its first touch: thousands a step.
+    """
+    _set(_M_MMAP_THRESHOLD, _LARGEST_IN_HEAP)
+    _set(_M_TRIM_THRESHOLD, _NEVER)
 
 
 def give_back_memory() -> None:
@@ -21,3 +32,9 @@ def give_back_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def _set(setting: int, value: int) -> None:
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(setting, value)

@@ -17,6 +17,7 @@ from torchrec.distributed.types import ShardingPlan, ShardingType
 
 from hetegen_rec.config.run import DistributedConfig
 from hetegen_rec.data.hashing import mix64_torch, salt_of
+from hetegen_rec.distributed.huge_pages import use_huge_pages
 from hetegen_rec.distributed.runtime import Runtime
 
 _ROW_WISE_FAMILY = (
@@ -119,6 +120,18 @@ def global_shape(tensor: ShardedTensor | torch.Tensor) -> tuple[int, ...]:
     """Shape of a tensor over all ranks."""
     size = tensor.metadata().size if isinstance(tensor, ShardedTensor) else tensor.shape
     return tuple(size)
+
+
+def settle_tables(model: DistributedModelParallel) -> None:
+    """Has tables on CPU, and what their fused optimizer keeps by row, lie on huge pages. A collective."""
+    kept = [
+        value for state in model.fused_optimizer.state_dict()["state"].values() for value in state.values()
+    ]
+    for tensor in [*table_weights(model).values(), *kept]:
+        is_sharded = isinstance(tensor, ShardedTensor)
+        for local in [shard.tensor for shard in tensor.local_shards()] if is_sharded else [tensor]:
+            if local.device.type == "cpu":
+                use_huge_pages(local)
 
 
 @torch.no_grad()
