@@ -14,12 +14,16 @@ from torch import Tensor
 from torchrec import KeyedTensor
 
 from benchmarks.throughput.stopwatch import Turn, Workload
+from hetegen_rec.distributed import heaps
 from hetegen_rec.models import reconstruction
 from hetegen_rec.models.ctr import FieldPooling, mean_of_present
 from hetegen_rec.models.embedding import TokenAssembly
 from hetegen_rec.models.sampled_loss import Candidates
+from hetegen_rec.training import setup
 
-Part: TypeAlias = Literal["field_slices", "foreach_adamw", "looked_up_by_key", "all_candidates"]
+Part: TypeAlias = Literal[
+    "field_slices", "foreach_adamw", "looked_up_by_key", "all_candidates", "freed_blocks", "ordinary_pages"
+]
 
 
 class AsBefore:
@@ -121,10 +125,23 @@ def _foreach_adamw() -> AbstractContextManager[Any]:
     return mock.patch.object(torch.optim, "AdamW", foreach)
 
 
+@contextmanager
+def _freed_blocks() -> Iterator[None]:
+    """Given back to the system, as malloc sets itself up where a step's blocks have up to 7 MB."""
+    heaps.set_malloc(heaps.MMAP_THRESHOLD, 8 << 20)
+    heaps.set_malloc(heaps.TRIM_THRESHOLD, 16 << 20)
+    try:
+        yield
+    finally:
+        heaps.keep_freed_blocks()
+
+
 EARLIER: dict[Part, Callable[[], AbstractContextManager[Any]]] = {
     "field_slices": lambda: mock.patch.object(FieldPooling, "forward", _field_slices),
     "foreach_adamw": _foreach_adamw,
     "looked_up_by_key": lambda: mock.patch.object(TokenAssembly, "forward", _looked_up_by_key),
     "all_candidates": _all_candidates,
+    "freed_blocks": _freed_blocks,
+    "ordinary_pages": lambda: mock.patch.object(setup, "settle_tables", return_value=None),
 }
 """By part, what makes it as it was."""

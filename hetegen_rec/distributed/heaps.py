@@ -2,7 +2,7 @@
 
 import ctypes
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # mallopt's names of settings (malloc.h)
+TRIM_THRESHOLD, MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # mallopt's names of settings (malloc.h)
 _HEAPS = 2
 _LARGEST_IN_HEAP = 32 << 20  # bytes; the most that mallopt takes
 _NEVER = -1
@@ -14,7 +14,7 @@ def share_heaps() -> None:
     glibc gives threads heaps of their own and keeps what they leave in them. Readers' threads come and go
     with every epoch and evaluation, so that memory would grow for hours.
     """
-    _set(_M_ARENA_MAX, _HEAPS)
+    set_malloc(_ARENA_MAX, _HEAPS)
 
 
 def keep_freed_blocks() -> None:
@@ -23,8 +23,8 @@ def keep_freed_blocks() -> None:
     glibc gives blocks of some megabytes back to the system as soon as they are free. Every step would take
     its activations anew, and the system would clear each page at its first touch: thousands a step.
     """
-    _set(_M_MMAP_THRESHOLD, _LARGEST_IN_HEAP)
-    _set(_M_TRIM_THRESHOLD, _NEVER)
+    set_malloc(MMAP_THRESHOLD, _LARGEST_IN_HEAP)
+    set_malloc(TRIM_THRESHOLD, _NEVER)
 
 
 def give_back_memory() -> None:
@@ -34,7 +34,8 @@ def give_back_memory() -> None:
         trim(0)
 
 
-def _set(setting: int, value: int) -> None:
+def set_malloc(setting: int, value: int) -> None:
+    """Changes one of malloc's settings for the whole process."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(setting, value)

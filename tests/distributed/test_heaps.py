@@ -1,4 +1,4 @@
-"""What malloc keeps: few heaps, and nothing that was given back."""
+"""What malloc keeps: few heaps, what a step frees, and nothing that was given back."""
 
 import ctypes
 import os
@@ -6,6 +6,7 @@ from threading import Barrier, Thread
 
 import psutil
 import pytest
+import torch
 from multirank import run_ranks
 
 from hetegen_rec.distributed.heaps import give_back_memory
@@ -44,6 +45,36 @@ def test_threads_share_heaps_unless_the_environment_says_how_many() -> None:
     # The C library reads the variable when a program starts; here it is set later, and so only keeps us away.
     (heaps,) = run_ranks(1, _heaps_of_seven_threads, "8")
     assert heaps > 2
+
+
+class _Malloc(ctypes.Structure):
+    """What mallinfo2 tells (malloc.h)."""
+
+    _names = ["arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks"]
+    _fields_ = [(name, ctypes.c_size_t) for name in [*_names, "keepcost"]]
+
+
+def _where_a_block_goes(setting: str | None) -> tuple[int, int]:
+    """Bytes that malloc takes beside its heaps for a block of 31 MiB, and that its heaps lose after it."""
+    os.environ.pop("MALLOC_TRIM_THRESHOLD_", None)
+    if setting is not None:
+        os.environ["MALLOC_TRIM_THRESHOLD_"] = setting
+    look = ctypes.CDLL(None).mallinfo2
+    look.restype = _Malloc
+    with start_runtime("cpu", timeout_seconds=20):
+        before = look()
+        block = torch.ones(31 << 18)
+        there = look()
+        del block
+        return there.hblkhd - before.hblkhd, there.arena - look().arena
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="this C library has no mallinfo2")
+def test_malloc_keeps_the_blocks_of_a_step_unless_the_environment_says_otherwise() -> None:
+    assert run_ranks(1, _where_a_block_goes, None) == [(0, 0)]
+    # Here too the variable comes too late for the C library, which then goes by itself.
+    ((beside, _),) = run_ranks(1, _where_a_block_goes, "1")
+    assert beside >= 31 << 20
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="this C library has no malloc_trim")
