@@ -58,8 +58,9 @@ def error_of_two_ranks(*words: str) -> str:
     told = "".join(end.output for end in ends)
     assert {end.code for end in ends} in ({2}, {2, LOST_PEER}), told
     assert "Traceback" not in told
-    (error,) = [line for line in told.splitlines() if line.startswith("error: ")]
-    return error
+    errors = [line for line in told.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, told
+    return errors[0]
 
 
 def test_many_ranks_tell_of_one_problem_once(tmp_path):
