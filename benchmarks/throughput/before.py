@@ -142,6 +142,6 @@ EARLIER: dict[Part, Callable[[], AbstractContextManager[Any]]] = {
     "looked_up_by_key": lambda: mock.patch.object(TokenAssembly, "forward", _looked_up_by_key),
     "all_candidates": _all_candidates,
     "freed_blocks": _freed_blocks,
-    "ordinary_pages": lambda: mock.patch.object(setup, "settle_tables", return_value=None),
+    "ordinary_pages": lambda: mock.patch.object(setup, "move_tables_to_huge_pages", return_value=None),
 }
 """By part, what makes it as it was."""

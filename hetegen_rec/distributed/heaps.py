@@ -1,11 +1,20 @@
 """Memory that malloc keeps for later. On C libraries other than glibc nothing here has an effect."""
 
 import ctypes
+from collections.abc import Mapping
 
 TRIM_THRESHOLD, MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # mallopt's names of settings (malloc.h)
 _HEAPS = 2
 _LARGEST_IN_HEAP = 32 << 20  # bytes; the most that mallopt takes
 _NEVER = -1
+
+
+def set_up_malloc(environment: Mapping[str, str]) -> None:
+    """Has threads share heaps, and these keep what is freed, as far as the environment leaves that open."""
+    if "MALLOC_ARENA_MAX" not in environment:
+        share_heaps()
+    if not environment.keys() & {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"}:
+        keep_freed_blocks()
 
 
 def share_heaps() -> None:

@@ -23,7 +23,7 @@ from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from hetegen_rec.config.errors import ConfigError
-from hetegen_rec.distributed.heaps import keep_freed_blocks, share_heaps
+from hetegen_rec.distributed.heaps import set_up_malloc
 from hetegen_rec.distributed.meeting import MeetingError, meet
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,6 @@ _ALLOCATOR_VARIABLES = (
     "PYTORCH_ALLOC_CONF",
     "PYTORCH_CUDA_ALLOC_CONF",
 )  # where somebody has set it otherwise
-_MALLOC_THRESHOLDS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")  # and these
 
 _NO_NAME = "none"  # what torchrun calls a job that was given no name
 
@@ -212,7 +211,7 @@ def start_runtime(
     place = _read_place()
     chosen = _choose_device(device, place["LOCAL_RANK"], place["LOCAL_WORLD_SIZE"])
     _share_cores(place["LOCAL_WORLD_SIZE"])
-    _set_up_malloc()
+    set_up_malloc(os.environ)
     timeout = timedelta(seconds=timeout_seconds) + _WATCHDOG_FIRST
     _limit_later_groups(timeout)
     _join(place, "nccl" if chosen.type == "cuda" else "gloo", timeout)
@@ -336,13 +335,6 @@ def _share_cores(local_world_size: int) -> None:
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     torch.set_num_threads(max(1, cores // local_world_size))
-
-
-def _set_up_malloc() -> None:
-    if "MALLOC_ARENA_MAX" not in os.environ:
-        share_heaps()
-    if not any(name in os.environ for name in _MALLOC_THRESHOLDS):
-        keep_freed_blocks()
 
 
 def _limit_later_groups(timeout: timedelta) -> None:

@@ -122,16 +122,21 @@ def global_shape(tensor: ShardedTensor | torch.Tensor) -> tuple[int, ...]:
     return tuple(size)
 
 
-def settle_tables(model: DistributedModelParallel) -> None:
-    """Has tables on CPU, and what their fused optimizer keeps by row, lie on huge pages. A collective."""
-    kept = [
-        value for state in model.fused_optimizer.state_dict()["state"].values() for value in state.values()
-    ]
-    for tensor in [*table_weights(model).values(), *kept]:
-        is_sharded = isinstance(tensor, ShardedTensor)
-        for local in [shard.tensor for shard in tensor.local_shards()] if is_sharded else [tensor]:
-            if local.device.type == "cpu":
-                use_huge_pages(local)
+def local_parts(tensor: ShardedTensor | torch.Tensor) -> list[torch.Tensor]:
+    """What of a tensor this rank holds: its shards, which may be none, or all of a replicated one."""
+    if isinstance(tensor, ShardedTensor):
+        return [shard.tensor for shard in tensor.local_shards()]
+    return [tensor]
+
+
+def move_tables_to_huge_pages(model: DistributedModelParallel) -> None:
+    """Moves tables, and what their fused optimizer keeps by row. A collective. On devices it does nothing."""
+    if model.device.type != "cpu":
+        return
+    states = model.fused_optimizer.state_dict()["state"].values()
+    for tensor in [*table_weights(model).values(), *(value for state in states for value in state.values())]:
+        for part in local_parts(tensor):
+            use_huge_pages(part)
 
 
 @torch.no_grad()

@@ -15,7 +15,6 @@ import numpy as np
 import psutil
 import torch
 from torch import nn
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.distributed.types import ShardingPlan
@@ -36,7 +35,7 @@ from hetegen_rec.distributed.optimizers import ON_CPU
 from hetegen_rec.distributed.planning import PlannedTable
 from hetegen_rec.distributed.runtime import DistributedError, Runtime, start_runtime
 from hetegen_rec.distributed.scaled import CarriedTable, carry_over, row_blocks, scaled_rows
-from hetegen_rec.distributed.sharding import TableSharder, initial_vectors, table_weights
+from hetegen_rec.distributed.sharding import TableSharder, initial_vectors, local_parts, table_weights
 from hetegen_rec.distributed.traffic import Matrix, blocks_of, busiest, exchange
 from hetegen_rec.evaluation.rehearsal import LinkComparison, Rehearsal, RehearsedTable
 from hetegen_rec.models.embedding import table_shapes
@@ -261,10 +260,7 @@ def _digest(network: nn.Module) -> str:
 
 
 def _count_shards(model: ShardedModel) -> dict[str, int]:
-    return {
-        name: len(weights.local_shards()) if isinstance(weights, ShardedTensor) else 1
-        for name, weights in table_weights(model.dmp).items()
-    }
+    return {name: len(local_parts(weights)) for name, weights in table_weights(model.dmp).items()}
 
 
 def _table(

@@ -26,7 +26,7 @@ from hetegen_rec.data.statistics import Statistics
 from hetegen_rec.distributed.optimizers import attach_table_optimizer, make_optimizer
 from hetegen_rec.distributed.planning import PlannedTable, agree_on_plan, plan_summary
 from hetegen_rec.distributed.runtime import Runtime
-from hetegen_rec.distributed.sharding import init_tables, settle_tables, shard_model
+from hetegen_rec.distributed.sharding import init_tables, move_tables_to_huge_pages, shard_model
 from hetegen_rec.models.hetegen import HeteGen, build_model
 from hetegen_rec.models.network import ClickNetwork
 
@@ -85,7 +85,7 @@ def build_sharded(
     planned = plan_summary(plan, model)
     network = model.network.to(runtime.device)
     dmp = shard_model(model, plan, runtime, config.distributed)
-    settle_tables(dmp)
+    move_tables_to_huge_pages(dmp)
     init_tables(dmp, config.seed, config.model.init_std)
     # Sharding draws random numbers too; dropout must not depend on the plan, and must differ by rank.
     torch.manual_seed(config.seed + runtime.rank)

@@ -13,11 +13,15 @@ from hetegen_rec.distributed.heaps import give_back_memory
 from hetegen_rec.distributed.runtime import start_runtime
 
 
+def _set_variable(name: str, setting: str | None) -> None:
+    os.environ.pop(name, None)
+    if setting is not None:
+        os.environ[name] = setting
+
+
 def _heaps_of_seven_threads(setting: str | None) -> int:
     """How many heaps malloc has, after that many threads were there at a time."""
-    os.environ.pop("MALLOC_ARENA_MAX", None)
-    if setting is not None:
-        os.environ["MALLOC_ARENA_MAX"] = setting
+    _set_variable("MALLOC_ARENA_MAX", setting)
     libc = ctypes.CDLL(None)
     libc.malloc.restype = libc.open_memstream.restype = ctypes.c_void_p
     all_there = Barrier(6)
@@ -56,9 +60,7 @@ class _Malloc(ctypes.Structure):
 
 def _where_a_block_goes(setting: str | None) -> tuple[int, int]:
     """Bytes that malloc takes beside its heaps for a block of 31 MiB, and that its heaps lose after it."""
-    os.environ.pop("MALLOC_TRIM_THRESHOLD_", None)
-    if setting is not None:
-        os.environ["MALLOC_TRIM_THRESHOLD_"] = setting
+    _set_variable("MALLOC_TRIM_THRESHOLD_", setting)
     look = ctypes.CDLL(None).mallinfo2
     look.restype = _Malloc
     with start_runtime("cpu", timeout_seconds=20):

@@ -11,7 +11,7 @@ from toy_model import Job
 
 from hetegen_rec.distributed.huge_pages import use_huge_pages
 from hetegen_rec.distributed.runtime import start_runtime
-from hetegen_rec.distributed.sharding import settle_tables, table_weights
+from hetegen_rec.distributed.sharding import local_parts, move_tables_to_huge_pages, table_weights
 
 _MIB = 1 << 20
 _RELEASE = tuple(int(part) for part in re.findall(r"\d+", platform.release())[:2])
@@ -57,24 +57,21 @@ def test_tensors_below_a_page_are_left_alone() -> None:
     assert torch.equal(tensor, torch.arange(1000))
 
 
-def _settled(sharding: str) -> tuple[list[float], list[float], list[int]]:
-    """Scores before and after tables were settled, and their bytes on huge pages."""
+def _moved_tables(sharding: str) -> tuple[list[float], list[float], list[int]]:
+    """Scores before and after tables were moved, and their bytes on huge pages."""
     with start_runtime("cpu", timeout_seconds=60) as runtime:
         job = Job(runtime, sharding, tables={"user": 1_200_000, "tiny": 2})
         job.train(1)
         before = job.scores()
-        settle_tables(job.model)
-        weights = table_weights(job.model)["user"]
-        local = (
-            [shard.tensor for shard in weights.local_shards()] if sharding != "data_parallel" else [weights]
-        )
-        return before, job.scores(), [_on_huge_pages(tensor) for tensor in local]
+        move_tables_to_huge_pages(job.model)
+        parts = local_parts(table_weights(job.model)["user"])
+        return before, job.scores(), [_on_huge_pages(part) for part in parts]
 
 
 @needs_huge_pages
 @pytest.mark.parametrize("sharding", ["table_wise", "row_wise", "data_parallel"])
 def test_tables_lie_on_huge_pages_wherever_they_are_sharded_to(sharding: str) -> None:
-    found = run_ranks(2, _settled, sharding)
+    found = run_ranks(2, _moved_tables, sharding)
     for before, after, _ in found:
         assert before == after
     on_huge_pages = [size for _, _, sizes in found for size in sizes]
