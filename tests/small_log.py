@@ -11,8 +11,9 @@ from hetegen_rec.config.balance import BalanceForm
 from hetegen_rec.config.run import ModelConfig, Stage, StageConfig, TrainConfig
 from hetegen_rec.config.schema import NUM_RESERVED_IDS, Schema
 from hetegen_rec.data.batch import Batch
-from hetegen_rec.data.batching import Batcher, encoded_schema
+from hetegen_rec.data.batching import Batcher
 from hetegen_rec.data.cursor import Cursor, Served
+from hetegen_rec.data.encoded_rows import encoded_schema
 from hetegen_rec.data.statistics import FieldStatistics, Statistics
 from hetegen_rec.models.balancing import FORMS
 from hetegen_rec.models.corruption import Corrupted, Diffusion, RowNoise

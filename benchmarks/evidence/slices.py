@@ -11,7 +11,8 @@ import pyarrow.dataset as ds
 
 from hetegen_rec.config.data import Split
 from hetegen_rec.config.run import RunConfig
-from hetegen_rec.data.batching import NO_ITEM, ROW_ID, context_columns
+from hetegen_rec.data.batching import NO_ITEM
+from hetegen_rec.data.encoded_rows import ROW_ID, context_columns
 from hetegen_rec.evaluation.metrics import auc
 from hetegen_rec.evaluation.significance import PredictionTable
 from hetegen_rec.evaluation.slices import MISSING_USER

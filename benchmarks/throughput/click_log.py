@@ -16,7 +16,7 @@ from pydantic import NonNegativeInt, PositiveInt, model_validator
 
 from hetegen_rec.config.errors import Section
 from hetegen_rec.config.schema import NUM_RESERVED_IDS, Schema
-from hetegen_rec.data.batching import LABEL, ROW_ID, encoded_schema
+from hetegen_rec.data.encoded_rows import LABEL, ROW_ID, encoded_schema, open_encoded_file
 from hetegen_rec.data.statistics import FieldStatistics, Statistics
 
 HISTORY = "history"
@@ -39,6 +39,9 @@ class LogConfig(Section):
     """Rows of a Parquet row group."""
     rows_per_file: PositiveInt = 10_000_000
     """Rows of a Parquet file."""
+    ordinary_parquet: bool = False
+    """Whether to write as most Parquet is written, with dictionaries, Zstandard and nullable columns, in the
+    place of the form of encoded rows."""
     seed: NonNegativeInt = 0
 
     @model_validator(mode="after")
@@ -102,10 +105,10 @@ def write_click_log(config: LogConfig, path: Path) -> ClickLog:
     paths = _paths(config, path)
     for number, file in enumerate(paths):
         first, last = number * config.rows_per_file, min((number + 1) * config.rows_per_file, config.rows)
-        with pq.ParquetWriter(file, wanted, compression="zstd") as writer:
+        with _open_file(config, file, wanted) as writer:
             for start in range(first, last, config.rows_per_group):
                 rows = _Rows(config, range(start, min(start + config.rows_per_group, last)))
-                writer.write_table(pa.table(rows.columns).select(wanted.names).cast(wanted))
+                writer.write_table(pa.table(rows.columns).select(wanted.names).cast(writer.schema))
                 num_clicks += rows.num_clicks
                 for name, ids in rows.ids.items():
                     counts[name] += np.bincount(ids, minlength=len(counts[name]))
@@ -120,6 +123,13 @@ def _paths(config: LogConfig, path: Path) -> list[Path]:
     if num_files == 1:
         return [path]
     return [path.with_name(f"{path.stem}-{number:05d}{path.suffix}") for number in range(num_files)]
+
+
+def _open_file(config: LogConfig, path: Path, schema: pa.Schema) -> pq.ParquetWriter:
+    if not config.ordinary_parquet:
+        return open_encoded_file(path, schema)
+    nullable = pa.schema([column.with_nullable(True) for column in schema])
+    return pq.ParquetWriter(path, nullable, compression="zstd")
 
 
 class _Rows:

@@ -19,12 +19,11 @@ from hetegen_rec.config.run import Frequency
 from hetegen_rec.config.schema import NUM_RESERVED_IDS, ReservedId, Schema
 from hetegen_rec.data.batch import Batch
 from hetegen_rec.data.cursor import Cursor
+from hetegen_rec.data.encoded_rows import LABEL, ROW_ID, context_columns, encoded_schema
 from hetegen_rec.data.errors import DataError
 from hetegen_rec.data.hashing import salt_of, uniform
 from hetegen_rec.data.statistics import Statistics, drop_probability
 
-LABEL = "__label"
-ROW_ID = "__row_id"
 NO_ITEM = -1
 """`item_rows` of rows whose item is not given, which the 0 of an item without training rows is not."""
 _NO_ID = -1
@@ -107,7 +106,7 @@ class _ById:
         self._first_ids = np.array([first_ids[name] for name in of_tokens])
 
     def of_tokens(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Of the ids [T, B] of all tokens."""
+        """[T, B] numbers of the ids [T, B] of all tokens."""
         return self._take(ids + self._first_ids[:, None])
 
     def of_token(self, token: int, ids: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -198,7 +197,7 @@ class Batcher:
         row_ids = _column(table, ROW_ID).astype(np.int64)
         if self._dropout is not None:
             self._drop_rare(self._dropout, ids, bags, row_ids, noise_seed)
-        rows = np.ascontiguousarray(ids.T)
+        rows = _transposed(ids)
         unread = torch.empty(len(rows), 0)
         return Batch(
             kjt=self._kjt(ids, bags),
@@ -230,14 +229,12 @@ class Batcher:
         if missing:
             raise DataError(f"{where}: no encoded column {min(missing)!r}; run prepare again")
         if not table.schema.equals(self.encoded_schema):
-            table = table.select(self.encoded_schema.names).cast(self.encoded_schema)
-        for name in self.encoded_schema.names:
-            problem = self._problem(table.column(name), name)
-            if problem:
-                raise DataError(
-                    f"{where}: column {name!r} holds {problem}; the file is damaged, or was encoded with "
-                    "other statistics: run prepare again"
-                )
+            table = table.select(self.encoded_schema.names)
+            for name, column in zip(table.column_names, table.columns, strict=True):
+                _require(where, name, "rows without a value" if column.null_count else None)
+            table = table.cast(self.encoded_schema)
+        for name, column in zip(table.column_names, table.columns, strict=True):
+            _require(where, name, self._problem(column, name))
         return table
 
     def padding(self, num_rows: int) -> pa.Table:
@@ -291,11 +288,9 @@ class Batcher:
             longest = pc.max(pc.list_value_length(column)).as_py() or 0
             if longest > field.list_length:
                 return f"{longest} values in a row, but `max_length` is {field.list_length}"
-            if column.null_count:
-                return "rows without a value"
             column = pc.list_flatten(column)
-        if column.null_count:
-            return "rows without a value"
+            if column.null_count:  # a cast does not look into lists
+                return "rows without a value"
         num_ids = self._num_ids[self._first_tokens[name]]
         least, greatest = (bound.as_py() for bound in pc.min_max(column).values())
         if least is None or 0 <= least <= greatest < num_ids:
@@ -339,27 +334,15 @@ class Batcher:
         )
 
 
-def context_columns(schema: Schema) -> dict[str, str]:
-    """The columns of an encoded table that only evaluation reads, by their names in `Batch.context`."""
-    sources = {
-        "timestamp": schema.timestamp,
-        "user_key": schema.user,
-        "user_rows": schema.user,
-        "item_rows": schema.item,
-    }
-    return {name: f"__{name}" for name, source in sources.items() if source is not None}
-
-
-def encoded_schema(schema: Schema) -> pa.Schema:
-    """Columns and types of an encoded table."""
-    fields = [(f.name, pa.list_(pa.int32()) if f.is_list else pa.int32()) for f in schema.fields]
-    context = [(column, pa.int64()) for column in context_columns(schema).values()]
-    return pa.schema([*fields, (LABEL, pa.float32()), (ROW_ID, pa.int64()), *context])
+def _require(where: str, name: str, problem: str | None) -> None:
+    if problem:
+        raise DataError(
+            f"{where}: column {name!r} holds {problem}; the file is damaged, or was encoded with other "
+            "statistics: run prepare again"
+        )
 
 
 def _problem_of_values(column: pa.ChunkedArray, name: str) -> str | None:
-    if column.null_count:
-        return "rows without a value"
     if name != LABEL:
         return None
     labels = column.to_numpy()
@@ -386,6 +369,11 @@ def _list_column(table: pa.Table, name: str) -> tuple[NDArray[np.int32], NDArray
 def _chosen(matrix: NDArray[np.int64], chosen: NDArray[np.bool_]) -> NDArray[np.int64]:
     """The chosen elements, row by row; most often all of them, which needs no copy."""
     return matrix.ravel() if chosen.all() else matrix[chosen]
+
+
+def _transposed(matrix: NDArray[np.int64]) -> NDArray[np.int64]:
+    """A copy, by PyTorch, which goes block by block."""
+    return _tensor(matrix).t().contiguous().numpy()
 
 
 def _tensor(array: NDArray[Any]) -> torch.Tensor:

@@ -1,19 +1,4 @@
-"""Raw rows to rows of integer ids, vectorised: the same code for `prepare` and on-the-fly reading.
-
-An encoded table has a column for each field, under the field's name: int32 for a single value,
-list<int32> for `multi_valued` (at least one id: a row without values holds [0]) and `sequence` (most
-recent first, empty for a row without items). Beside them stand
-
-    __label      float32   0 or 1
-    __row_id     int64     index of the row in its split
-    __timestamp  int64     in the column's own unit, 0 where missing          (if `timestamp` is set)
-    __user_key   int64     a hash of the raw user value, 0 where missing      (if `user` is set)
-    __user_rows  int64     training rows of that user, 0 for an unseen one    (if `user` is set)
-    __item_rows  int64     training rows of that item, 0 for an unseen one    (if `item` is set)
-
-The training rows are those of the raw value, even where it is too rare for an id; under `hash`, those
-of the id that it shares.
-"""
+"""Raw rows to rows of integer ids, vectorised: the same code for `prepare` and on-the-fly reading."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,6 +16,7 @@ from hetegen_rec.data.columns import (
     require_columns,
     timestamps,
 )
+from hetegen_rec.data.encoded_rows import LABEL, ROW_ID, encoded_schema
 from hetegen_rec.data.errors import BadRowsError
 from hetegen_rec.data.hashing import salt_of
 from hetegen_rec.data.raw import column_keys
@@ -126,7 +112,7 @@ class Encoder:
     """
 
     def __init__(self, schema: Schema, statistics: Statistics, exact: Mapping[str, ExactVocabulary]) -> None:
-        self._schema = schema
+        self._schema, self._form = schema, encoded_schema(schema)
         self._statistics = statistics
         self._exact = dict(exact)
         vocabularies = {field.name: self._vocabulary(field) for field in schema.table_owners}
@@ -165,12 +151,13 @@ class Encoder:
         clicks = (
             labels(table, self._schema, first_row, where) if labelled else np.zeros(len(table), np.float32)
         )
-        columns["__label"] = pa.array(clicks)
-        columns["__row_id"] = pa.array(np.arange(first_row, first_row + len(table)))
+        columns[LABEL] = pa.array(clicks)
+        columns[ROW_ID] = pa.array(np.arange(first_row, first_row + len(table)))
         if self._schema.timestamp:
             times = timestamps(table, self._schema, where) if labelled else np.zeros(len(table), np.int64)
             columns["__timestamp"] = pa.array(times)
-        return pa.table({**columns, **{name: pa.array(values) for name, values in context.items()}})
+        columns |= {name: pa.array(values) for name, values in context.items()}
+        return pa.table(columns).select(self._form.names).cast(self._form)
 
     def _vocabulary(self, field: Field) -> Vocabulary:
         if field.vocabulary == "vocab":

@@ -7,6 +7,7 @@ from threading import Event
 from typing import TypeAlias
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from hetegen_rec.data.batching import Batcher
 from hetegen_rec.data.errors import DataError, PreparedAnewError
@@ -84,7 +85,7 @@ class IntervalReader:
             return table
         indices = pa.array(window.order)
         # Column by column, so that only one column is held a third time.
-        columns = [column.combine_chunks().take(indices) for column in table.columns]
+        columns = [pc.take(column.combine_chunks(), indices, boundscheck=False) for column in table.columns]
         return pa.table(columns, schema=table.schema)
 
     def _read_interval(self, interval: Interval, lane: int) -> pa.Table:

@@ -1,5 +1,6 @@
-"""Encoded rows as the files of one rank, in row groups of one size."""
+"""Rows as the files of one rank, in row groups of one size."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -8,25 +9,32 @@ import pyarrow.parquet as pq
 from hetegen_rec.data.raw import PREPARATION_KEY
 
 GROUPS_PER_PART = 64
-"""Row groups of one encoded file."""
+"""Row groups of one file."""
 
 
 class Parts:
-    """Encoded rows to files `part-RRRRR-NNNNN.parquet` with row groups of one size.
+    """Rows to files `part-RRRRR-NNNNN.parquet` with row groups of one size.
 
     Args:
         directory: of the files; it must exist.
         rank: this process.
         rows_per_group: rows of a row group; the last one may have fewer.
+        open_file: opens a new file of rows of a schema.
         preparation: what the files carry for `RowGroup.preparation`.
     """
 
     def __init__(
-        self, directory: Path, rank: int, rows_per_group: int, preparation: str | None = None
+        self,
+        directory: Path,
+        rank: int,
+        rows_per_group: int,
+        open_file: Callable[[Path, pa.Schema], pq.ParquetWriter],
+        preparation: str | None = None,
     ) -> None:
         self._directory = directory
         self._rank = rank
         self._rows_per_group = rows_per_group
+        self._open_file = open_file
         self._preparation = preparation
         self._waiting: list[pa.Table] = []
         self._waiting_rows = 0
@@ -58,7 +66,7 @@ class Parts:
             if self._writer is not None:
                 self._writer.close()
             path = self._directory / f"part-{self._rank:05d}-{part:05d}.parquet"
-            self._writer = pq.ParquetWriter(path, rows.schema, compression="zstd", write_page_checksum=True)
+            self._writer = self._open_file(path, rows.schema)
             if self._preparation is not None:
                 self._writer.add_key_value_metadata({PREPARATION_KEY: self._preparation})
         assert self._writer is not None

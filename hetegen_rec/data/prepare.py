@@ -36,6 +36,7 @@ from hetegen_rec.config.run import RunConfig
 from hetegen_rec.data.accumulators import FieldAccumulator
 from hetegen_rec.data.bad_shards import BadShard, summary, warn_of
 from hetegen_rec.data.columns import ValueType
+from hetegen_rec.data.encoded_rows import open_encoded_file
 from hetegen_rec.data.encoding import VOCABULARY_DIR, Encoder, vocabulary_path
 from hetegen_rec.data.errors import BadRowsError, DataError
 from hetegen_rec.data.growth import KeptIds
@@ -136,7 +137,7 @@ def encode_files(
         raise DataError(f"no rows in {', '.join(patterns)}; name files that hold rows")
     with workers.together("encoding"):
         encoder = Encoder.load(config.data.prepared_dir, config.features)
-        parts = Parts(directory, workers.rank, config.data.rows_per_group)
+        parts = Parts(directory, workers.rank, config.data.rows_per_group, open_encoded_file)
 
         def encode(table: pa.Table, first_row: int, where: str) -> None:
             parts.add(encoder.encode(table, first_row, where, labelled=False))
@@ -340,7 +341,11 @@ class _Preparation:
             encoder = Encoder.load(directory, self.config.features)
             (directory / split).mkdir(exist_ok=True)
             parts = Parts(
-                directory / split, self.workers.rank, self.config.data.rows_per_group, self._identity
+                directory / split,
+                self.workers.rank,
+                self.config.data.rows_per_group,
+                open_encoded_file,
+                self._identity,
             )
 
             def encode(table: pa.Table, first_row: int, where: str) -> None:

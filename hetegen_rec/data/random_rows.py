@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 
 from hetegen_rec.config.schema import NUM_RESERVED_IDS, Schema
-from hetegen_rec.data.batching import LABEL, ROW_ID, encoded_schema
+from hetegen_rec.data.encoded_rows import LABEL, ROW_ID, encoded_schema
 from hetegen_rec.data.statistics import Statistics
 
 

@@ -1,11 +1,15 @@
 """Raw rows copied into Parquet files, of which any number of ranks write their own."""
 
 import glob
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from hetegen_rec.data.parts import Parts
+
+_open_file = partial(pq.ParquetWriter, compression="zstd", write_page_checksum=True)
 
 
 class RawParts:
@@ -31,7 +35,7 @@ class RawParts:
         if types not in self._by_types:
             directory = self._directory / f"types-{len(self._by_types):02d}"
             directory.mkdir(parents=True, exist_ok=True)
-            self._by_types[types] = Parts(directory, self._rank, self._rows_per_group)
+            self._by_types[types] = Parts(directory, self._rank, self._rows_per_group, _open_file)
         self._by_types[types].add(rows.replace_schema_metadata())
         self.num_rows += len(rows)
 

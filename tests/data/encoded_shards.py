@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from hetegen_rec.config.schema import Schema
-from hetegen_rec.data.batching import Batcher, encoded_schema
+from hetegen_rec.data.batching import Batcher
+from hetegen_rec.data.encoded_rows import encoded_schema, open_encoded_file
 from hetegen_rec.data.raw import list_row_groups
 from hetegen_rec.data.reader import Reader
 
@@ -70,7 +70,7 @@ def write_shards(directory, sizes):
     """One file for every two row groups of these sizes."""
     first = 0
     for start in range(0, len(sizes), 2):
-        with pq.ParquetWriter(directory / f"part-{start:03d}.parquet", encoded_schema(SCHEMA)) as writer:
+        with open_encoded_file(directory / f"part-{start:03d}.parquet", encoded_schema(SCHEMA)) as writer:
             for size in sizes[start : start + 2]:
                 writer.write_table(encoded_rows(first, first + size))
                 first += size

@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 from encoded_shards import Shards, encoded_rows, open_shards, write_shards
 
-from hetegen_rec.data.batching import LABEL
 from hetegen_rec.data.cursor import Cursor
+from hetegen_rec.data.encoded_rows import LABEL
 from hetegen_rec.data.errors import DataError
 
 SIZES = [20, 20, 20, 20, 20]

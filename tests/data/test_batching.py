@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hetegen_rec.config.schema import NUM_RESERVED_IDS, Schema
-from hetegen_rec.data.batching import Batcher, encoded_schema
+from hetegen_rec.data.batching import Batcher
 from hetegen_rec.data.cursor import Cursor, Served
+from hetegen_rec.data.encoded_rows import encoded_schema
 from hetegen_rec.data.errors import DataError
 from hetegen_rec.data.statistics import FieldStatistics, Statistics
 
@@ -186,7 +187,8 @@ def test_encoded_rows_conform_whatever_the_widths_of_their_types(rows):
         index = table.schema.get_field_index(field.name)
         table = table.set_column(index, field, table[field.name].cast(pa.int64()))
     batcher = Batcher(SCHEMA, FakeStatistics())
-    assert batcher.conform(table.append_column("other", table["user"]), "here") == table_of(rows)
+    expected = table_of(rows).cast(encoded_schema(SCHEMA))
+    assert batcher.conform(table.append_column("other", table["user"]), "here") == expected
 
 
 def test_no_rows_conform():
@@ -196,7 +198,15 @@ def test_no_rows_conform():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("item", 9), ("user", -1), ("history", [0, 9]), ("tags", [1, 4]), ("genres", [1] * 5), ("age", None)],
+    [
+        ("item", 9),
+        ("user", -1),
+        ("history", [0, 9]),
+        ("tags", [1, 4]),
+        ("genres", [1] * 5),
+        ("age", None),
+        ("tags", [1, None]),
+    ],
 )
 def test_rows_that_are_none_of_these_statistics_do_not_conform(field, value):
     row = {"user": 1, "genres": [2], "item": 4, "history": [], "tags": [2], "age": 3, "__label": 1.0}

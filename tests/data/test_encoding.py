@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hetegen_rec.config import Schema
-from hetegen_rec.data.batching import encoded_schema
+from hetegen_rec.data.encoded_rows import encoded_schema
 from hetegen_rec.data.encoding import Encoder, required_columns, vocabulary_path
 from hetegen_rec.data.errors import DataError
 from hetegen_rec.data.hashing import hash_bucket_torch, mix64_torch, salt_of

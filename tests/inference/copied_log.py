@@ -7,8 +7,9 @@ import torch
 from hetegen_rec.config.run import ModelConfig, StageConfig, TrainConfig
 from hetegen_rec.config.schema import NUM_RESERVED_IDS, ReservedId, Schema
 from hetegen_rec.data.batch import Batch
-from hetegen_rec.data.batching import Batcher, encoded_schema
+from hetegen_rec.data.batching import Batcher
 from hetegen_rec.data.cursor import Cursor, Served
+from hetegen_rec.data.encoded_rows import encoded_schema
 from hetegen_rec.data.statistics import FieldStatistics, Statistics
 from hetegen_rec.models.hetegen import HeteGen, build_model
 

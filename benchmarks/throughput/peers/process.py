@@ -14,7 +14,7 @@ import torch
 from benchmarks.throughput.click_log import ClickLog
 from benchmarks.throughput.scenario import Case
 from benchmarks.throughput.stopwatch import Turn
-from hetegen_rec.data.batching import LABEL
+from hetegen_rec.data.encoded_rows import LABEL
 from hetegen_rec.data.statistics import Statistics
 
 FUXICTR = ("torch==2.13.0", "fuxictr==2.3.10")
