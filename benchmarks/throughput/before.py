@@ -15,14 +15,20 @@ from torchrec import KeyedTensor
 
 from benchmarks.throughput.stopwatch import Turn, Workload
 from hetegen_rec.distributed import heaps
-from hetegen_rec.models import reconstruction
+from hetegen_rec.models import attention, reconstruction
 from hetegen_rec.models.ctr import FieldPooling, mean_of_present
 from hetegen_rec.models.embedding import TokenAssembly
 from hetegen_rec.models.sampled_loss import Candidates
 from hetegen_rec.training import setup
 
 Part: TypeAlias = Literal[
-    "field_slices", "foreach_adamw", "looked_up_by_key", "all_candidates", "freed_blocks", "ordinary_pages"
+    "field_slices",
+    "foreach_adamw",
+    "looked_up_by_key",
+    "all_candidates",
+    "fused_attention",
+    "freed_blocks",
+    "ordinary_pages",
 ]
 
 
@@ -141,6 +147,7 @@ EARLIER: dict[Part, Callable[[], AbstractContextManager[Any]]] = {
     "foreach_adamw": _foreach_adamw,
     "looked_up_by_key": lambda: mock.patch.object(TokenAssembly, "forward", _looked_up_by_key),
     "all_candidates": _all_candidates,
+    "fused_attention": lambda: mock.patch.object(attention, "_LONGEST_BY_PRODUCTS", 0),
     "freed_blocks": _freed_blocks,
     "ordinary_pages": lambda: mock.patch.object(setup, "move_tables_to_huge_pages", return_value=None),
 }

@@ -11,9 +11,11 @@ from torch.nn import functional
 
 from hetegen_rec.config.run import AttentionConfig
 
-_is_fp32_on_cpu = ContextVar("_is_fp32_on_cpu", default=True)
+_is_for_cpu = ContextVar("_is_for_cpu", default=True)
 
 _ROWS_AT_ONCE = 65_535  # on CUDA, whose kernels number rows in a dimension of the grid that ends there
+_LOGITS_AT_ONCE = 1 << 20  # on the CPU: 4 MiB, which stay in its caches
+_LONGEST_BY_PRODUCTS = 128  # tokens, on the CPU
 
 
 @dataclass
@@ -34,23 +36,54 @@ def attend(
     dropout_p: float = 0.0,
     scale: float | None = None,
 ) -> Tensor:
-    """As `scaled_dot_product_attention` of [B, H, S, D / H], in fp32 on the CPU.
+    """As `scaled_dot_product_attention` of [B, H, S, D / H], for any B, in fp32 on the CPU.
 
-    The CPU's fused kernel takes several times as long in bf16 on heads of few numbers. On CUDA any B will do.
+    The CPU's fused kernel works row by row, and takes several times as long in bf16. On rows of few tokens
+    products are up to three times as fast (docs/benchmarks.md), as long as the caches hold their logits.
     A mask is [B, 1, S, S].
     """
     fused = functional.scaled_dot_product_attention
-    if value.device.type == "cuda" and len(value) > _ROWS_AT_ONCE:
-        return _attend_in_pieces(query, key, value, attn_mask, dropout_p, scale)
-    if value.device.type != "cpu" or value.dtype == torch.float32 or not _is_fp32_on_cpu.get():
-        return fused(query, key, value, attn_mask, dropout_p, scale=scale)
-    bias = None if attn_mask is None else attn_mask.float()
+    if value.device.type != "cpu" or not _is_for_cpu.get():
+        rows = _ROWS_AT_ONCE if value.device.type == "cuda" else len(value)
+        return _attend_in_pieces(fused, rows, query, key, value, attn_mask, dropout_p, scale)
+    query, key, value, kind = query.float(), key.float(), value.float(), value.dtype
+    mask = None if attn_mask is None else attn_mask.float()
     with torch.autocast("cpu", enabled=False):
-        mixed = fused(query.float(), key.float(), value.float(), bias, dropout_p, scale=scale)
-    return mixed.to(value.dtype)
+        _, heads, length, _ = query.shape
+        if length > _LONGEST_BY_PRODUCTS or torch.compiler.is_compiling():
+            mixed = fused(query, key, value, mask, dropout_p, scale=scale)
+        else:
+            rows = max(1, _LOGITS_AT_ONCE // (heads * length**2))
+            mixed = _attend_in_pieces(product_attention, rows, query, key, value, mask, dropout_p, scale)
+    return mixed.to(kind)
+
+
+def product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+) -> Tensor:
+    """As `scaled_dot_product_attention` of [B, H, S, D / H]: batched matrix products around a softmax.
+
+    Autograd keeps B H S^2 weights for them, which fused kernels compute anew.
+    """
+    batch, heads, length, dim = query.shape
+    rows = (batch * heads, length, dim)
+    query = query * (dim**-0.5 if scale is None else scale)
+    logits = (query.reshape(rows) @ key.reshape(rows).mT).view(batch, heads, length, length)
+    if attn_mask is not None:
+        logits = logits + attn_mask
+    weights = functional.dropout(logits.softmax(-1), dropout_p)
+    mixed = weights.view(batch * heads, length, length) @ value.reshape(rows)
+    return mixed.view(batch, heads, length, dim)
 
 
 def _attend_in_pieces(
+    attend_by: Callable[..., Tensor],
+    rows: int,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -58,25 +91,26 @@ def _attend_in_pieces(
     dropout_p: float,
     scale: float | None,
 ) -> Tensor:
-    """Attention of so few rows at once that every kernel takes them."""
-    queries, keys, values = (torch.split(whole, _ROWS_AT_ONCE) for whole in (query, key, value))
-    masks = [None] * len(values) if attn_mask is None else torch.split(attn_mask, _ROWS_AT_ONCE)
-    fused = functional.scaled_dot_product_attention
+    """Attention of at most so many rows at once."""
+    if len(value) <= rows:
+        return attend_by(query, key, value, attn_mask, dropout_p, scale=scale)
+    queries, keys, values = (torch.split(whole, rows) for whole in (query, key, value))
+    masks = [None] * len(values) if attn_mask is None else torch.split(attn_mask, rows)
     pieces = zip(queries, keys, values, masks, strict=True)
-    return torch.cat([fused(*piece, dropout_p, scale=scale) for piece in pieces])
+    return torch.cat([attend_by(*piece, dropout_p, scale=scale) for piece in pieces])
 
 
 @contextmanager
 def attention_as_on(device: str) -> Iterator[None]:
-    """Context in which `attend` takes the precision on the CPU that it takes on a device.
+    """Context in which `attend` takes the way on the CPU that it takes on a device.
 
     It is slow, but what autograd keeps is what it would keep there.
     """
-    token = _is_fp32_on_cpu.set(device == "cpu")
+    token = _is_for_cpu.set(device == "cpu")
     try:
         yield
     finally:
-        _is_fp32_on_cpu.reset(token)
+        _is_for_cpu.reset(token)
 
 
 class GuidedAttention(nn.Module):

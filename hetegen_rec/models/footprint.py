@@ -58,7 +58,7 @@ def measure_footprint(
     """Runs training steps of a few random rows on CPU and counts; nothing is timed.
 
     So whatever objective, stage, backbone and precision is configured, the network itself says what it
-    costs. Attention is counted as two matrix products, and kept as a fused kernel keeps it.
+    costs. Attention is counted as two matrix products, and kept as it is kept on that device.
 
     Args:
         network: on CPU; its gradients are cleared.

@@ -1,6 +1,7 @@
 """Difficulty-guided attention against a slow reference."""
 
 import math
+from functools import partial
 from types import SimpleNamespace
 from typing import get_args
 
@@ -10,7 +11,7 @@ from torch.nn import functional
 
 from hetegen_rec.config.run import AttentionConfig, AttentionGuidance
 from hetegen_rec.models import attention as attention_module
-from hetegen_rec.models.attention import Guidance, GuidedAttention, attend
+from hetegen_rec.models.attention import Guidance, GuidedAttention, attend, product_attention
 
 DIM, HEADS, LENGTH, ROWS = 8, 2, 5, 3
 VARIANTS = get_args(AttentionGuidance)
@@ -124,42 +125,69 @@ def test_bf16_attends_in_fp32_on_the_cpu(autocast):
     holes[..., 1] = -math.inf
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         mixed = attend(query, key, value, attn_mask=holes)
-    exact = functional.scaled_dot_product_attention(
-        query.float(), key.float(), value.float(), attn_mask=holes
-    )
+    exact = attend(query.float(), key.float(), value.float(), attn_mask=holes)
     assert torch.equal(mixed, exact.bfloat16())  # rounded once, at the end
+
+
+FUSED = functional.scaled_dot_product_attention
+
+
+def parts_of_attention():
+    numbers = torch.Generator().manual_seed(3)
+    shape = (ROWS, HEADS, LENGTH, DIM // HEADS)
+    return [torch.randn(shape, generator=numbers, requires_grad=True) for _ in range(3)]
 
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("rows_at_once", [1, 2, ROWS])
-def test_rows_in_pieces_attend_as_all_at_once(masked, rows_at_once, padding, monkeypatch):
-    monkeypatch.setattr(attention_module, "_ROWS_AT_ONCE", rows_at_once)
-    numbers = torch.Generator().manual_seed(3)
-    shape = (ROWS, HEADS, LENGTH, DIM // HEADS)
-    parts = [torch.randn(shape, generator=numbers, requires_grad=True) for _ in range(3)]
+@pytest.mark.parametrize("attend_by", [FUSED, product_attention])
+def test_rows_in_pieces_attend_as_all_at_once(masked, rows_at_once, attend_by, padding):
+    parts = parts_of_attention()
     holes = torch.zeros(ROWS, LENGTH).masked_fill(padding, -math.inf)[:, None, None, :]
     mask = holes.expand(ROWS, 1, LENGTH, LENGTH) if masked else None
-    upstream = torch.randn(shape, generator=numbers)
+    upstream = torch.randn(parts[0].shape, generator=torch.Generator().manual_seed(4))
     found = []
-    for attend_by in (functional.scaled_dot_product_attention, attention_module._attend_in_pieces):
-        mixed = attend_by(*parts, mask, 0.0, scale=0.7)
+    for pieces in (False, True):
+        way = partial(attention_module._attend_in_pieces, attend_by, rows_at_once) if pieces else FUSED
+        mixed = way(*parts, mask, 0.0, scale=0.7)
         found.append([mixed, *torch.autograd.grad(mixed, parts, upstream)])
-    for whole, pieces in zip(*found, strict=True):
-        torch.testing.assert_close(pieces, whole)
+    for whole, in_pieces in zip(*found, strict=True):
+        torch.testing.assert_close(in_pieces, whole)
+
+
+def test_weights_are_dropped_and_the_others_grow():
+    query, key, _ = (torch.zeros(1, 1, 1000, 1) for _ in range(3))
+    torch.manual_seed(0)
+    mixed = product_attention(query, key, torch.ones(1, 1, 1000, 1), dropout_p=0.5)
+    assert mixed.mean() == pytest.approx(1.0, abs=0.01)
+    assert mixed.std() == pytest.approx(1000**-0.5, rel=0.2)  # of a mean of 1,000 values that are 0 or 2
 
 
 @pytest.mark.parametrize(
-    ("device", "rows", "pieces"), [("cuda", 4, True), ("cuda", 3, False), ("cpu", 4, False)]
+    ("device", "length", "way"),
+    [("cpu", 128, (product_attention, 32)), ("cpu", 129, FUSED), ("cuda", 8, (FUSED, 65_535))],
 )
-def test_rows_are_cut_on_cuda_where_a_kernel_could_not_number_them(device, rows, pieces, monkeypatch):
+def test_rows_are_cut_for_products_on_the_cpu_and_for_kernels_on_cuda(device, length, way, monkeypatch):
+    """On CUDA no more than a kernel can number, on the CPU no more than its caches hold the logits of."""
+
     class Rows(SimpleNamespace):
-        """What `attend` asks of a tensor, on a device that is not here."""
+        """What `attend` asks of a tensor, on a device that may not be here."""
 
-        def __len__(self):
-            return rows
+        def float(self):
+            return self
 
-    monkeypatch.setattr(attention_module, "_ROWS_AT_ONCE", 3)
-    monkeypatch.setattr(attention_module, "_attend_in_pieces", lambda *arguments: True)
-    monkeypatch.setattr(functional, "scaled_dot_product_attention", lambda *arguments, scale: False)
-    tensor = Rows(device=torch.device(device), dtype=torch.float32)
-    assert attend(tensor, tensor, tensor) is pieces
+        def to(self, _kind):
+            return self.way
+
+    def in_pieces(attend_by, rows, *_arguments):
+        found = (attend_by, rows)
+        return Rows(way=found) if device == "cpu" else found
+
+    monkeypatch.setattr(attention_module, "_attend_in_pieces", in_pieces)
+    monkeypatch.setattr(
+        functional,
+        "scaled_dot_product_attention",
+        FUSED if device == "cuda" else lambda *_, scale: Rows(way=FUSED),
+    )
+    tensor = Rows(device=torch.device(device), dtype=torch.float32, shape=(4, 2, length, 8))
+    assert attend(tensor, tensor, tensor) == way

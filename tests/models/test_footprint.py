@@ -31,13 +31,13 @@ SCHEMA = Schema.model_validate(
     }
 )
 STATISTICS = expected_statistics(SCHEMA, {})
-DIM, LAYERS = 16, 2
+DIM, LAYERS, HEADS = 16, 2, 2
 
 
 def network(stage: Stage = "pretrain", candidates: int = 1024, precision: str = "fp32") -> nn.Module:
     model = ModelConfig(
         dim=DIM,
-        denoiser=DenoiserConfig(num_layers=LAYERS, attention=AttentionConfig(num_heads=2)),
+        denoiser=DenoiserConfig(num_layers=LAYERS, attention=AttentionConfig(num_heads=HEADS)),
         reconstruction=ReconstructionConfig(num_candidates=candidates),
     )
     train = TrainConfig.model_validate({"precision": precision})
@@ -86,8 +86,15 @@ def test_a_device_keeps_no_attention_in_fp32_as_a_cpu_does_under_bf16() -> None:
     )
     numbers = LAYERS * 4 * (len(SCHEMA.tokens) + 1) * DIM  # queries, keys, values and what comes out
     assert on_cpu - on_cuda >= 2 * numbers
-    exact = [measure_footprint(network(), SCHEMA, STATISTICS, device) for device in ("cpu", "cuda")]
-    assert exact[0] == exact[1]
+
+
+def test_a_device_keeps_no_weights_of_attention_as_a_cpu_does() -> None:
+    on_cpu, on_cuda = (
+        measure_footprint(network(), SCHEMA, STATISTICS, device) for device in ("cpu", "cuda")
+    )
+    weights = LAYERS * HEADS * (len(SCHEMA.tokens) + 1) ** 2
+    assert 0 < on_cpu.saved_bytes.at(1) - on_cuda.saved_bytes.at(1) <= 4 * weights
+    assert on_cpu.flops == on_cuda.flops
 
 
 def test_candidates_are_quadratic_up_to_their_number() -> None:
