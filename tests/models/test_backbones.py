@@ -170,14 +170,16 @@ def test_lr_is_linear_in_every_field_and_starts_near_zero():
     assert ((norms > 0.3) & (norms < 3)).all()
 
 
-@torch.no_grad()
 def test_fm_is_the_first_order_terms_and_the_dot_products_of_all_pairs():
-    model, fields = FM(NUM_FIELDS, DIM), fields_of_rows()
+    model, fields = FM(NUM_FIELDS, DIM), fields_of_rows().requires_grad_()
     expected = model.first_order(fields)
     for i in range(NUM_FIELDS):
         for j in range(i):
             expected = expected + (fields[:, i] * fields[:, j]).sum(1)
-    torch.testing.assert_close(model(fields), expected, rtol=1e-4, atol=1e-4)
+    found, upstream = model(fields), fields_of_rows(seed=2)[:, 0, 0]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    gradients = (torch.autograd.grad(logits, fields, upstream) for logits in (found, expected))
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()

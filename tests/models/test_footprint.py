@@ -89,9 +89,7 @@ def test_a_device_keeps_no_attention_in_fp32_as_a_cpu_does_under_bf16() -> None:
 
 
 def test_a_device_keeps_no_weights_of_attention_as_a_cpu_does() -> None:
-    on_cpu, on_cuda = (
-        measure_footprint(network(), SCHEMA, STATISTICS, device) for device in ("cpu", "cuda")
-    )
+    on_cpu, on_cuda = (measure_footprint(network(), SCHEMA, STATISTICS, device) for device in ("cpu", "cuda"))
     weights = LAYERS * HEADS * (len(SCHEMA.tokens) + 1) ** 2
     assert 0 < on_cpu.saved_bytes.at(1) - on_cuda.saved_bytes.at(1) <= 4 * weights
     assert on_cpu.flops == on_cuda.flops
