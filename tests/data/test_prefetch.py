@@ -105,7 +105,7 @@ def items():
             time.sleep(0.05)
             yield 1
     finally:
-        print("closed")
+        print("closed\\n", end="")  # at once, as two threads write
 
 left_open = [prefetch(items(), depth=2) for _ in range(2)]
 for one in left_open:
