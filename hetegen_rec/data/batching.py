@@ -228,10 +228,10 @@ class Batcher:
         missing = set(self.encoded_schema.names) - set(table.column_names)
         if missing:
             raise DataError(f"{where}: no encoded column {min(missing)!r}; run prepare again")
+        table = table.select(self.encoded_schema.names)
+        for name, column in zip(table.column_names, table.columns, strict=True):
+            _require(where, name, "rows without a value" if column.null_count else None)
         if not table.schema.equals(self.encoded_schema):
-            table = table.select(self.encoded_schema.names)
-            for name, column in zip(table.column_names, table.columns, strict=True):
-                _require(where, name, "rows without a value" if column.null_count else None)
             table = table.cast(self.encoded_schema)
         for name, column in zip(table.column_names, table.columns, strict=True):
             _require(where, name, self._problem(column, name))

@@ -48,10 +48,10 @@ def context_columns(schema: Schema) -> dict[str, str]:
 
 
 def open_encoded_file(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
-    """A new file of encoded rows, in the form that is decoded fastest (docs/benchmarks.md, the reader).
+    """A new file of encoded rows, which are decoded faster than ordinary Parquet (docs/benchmarks.md).
 
-    Bytes of one place lie together, and those that are zero in most ids all but vanish under LZ4. So no value
-    has to be looked up in a dictionary, which is what decoding is busy with otherwise.
+    Bytes of one place lie together, and those that are zero in most ids all but vanish under LZ4. So there is
+    neither a dictionary to look values up in nor a slower compression to undo.
     """
     return pq.ParquetWriter(
         path,

@@ -83,6 +83,7 @@ class IntervalReader:
         table = pa.concat_tables([self._read_interval(interval, lane) for interval in window.intervals])
         if window.order is None:
             return table
+        assert table.num_rows == len(window.order)  # so that no index of the order needs to be checked
         indices = pa.array(window.order)
         # Column by column, so that only one column is held a third time.
         columns = [pc.take(column.combine_chunks(), indices, boundscheck=False) for column in table.columns]

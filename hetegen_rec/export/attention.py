@@ -13,7 +13,8 @@ def attend_by_products(network: nn.Module, num_elements: int) -> None:
     """Lets the attention of a network over few elements be two batched matrix products, also in a graph.
 
     A graph of any number of rows cannot cut them into pieces as `attend` does, and has the fused kernel
-    otherwise. The results are the same but for rounding.
+    otherwise. Products keep the logits, so they are not for long sequences. The results are the same but for
+    rounding.
 
     Args:
         network: whose attention is changed in place.

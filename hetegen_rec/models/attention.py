@@ -39,8 +39,7 @@ def attend(
     """As `scaled_dot_product_attention` of [B, H, S, D / H], for any B, in fp32 on the CPU.
 
     The CPU's fused kernel works row by row, and takes several times as long in bf16. On rows of few tokens
-    products are up to three times as fast (docs/benchmarks.md), as long as the caches hold their logits.
-    A mask is [B, 1, S, S].
+    products are faster (docs/benchmarks.md), as long as the caches hold their logits. A mask is [B, 1, S, S].
     """
     fused = functional.scaled_dot_product_attention
     if value.device.type != "cpu" or not _is_for_cpu.get():

@@ -15,6 +15,7 @@ from hetegen_rec.models.attention import Guidance, GuidedAttention, attend, prod
 
 DIM, HEADS, LENGTH, ROWS = 8, 2, 5, 3
 VARIANTS = get_args(AttentionGuidance)
+FUSED = functional.scaled_dot_product_attention
 NEUTRAL = Guidance(torch.ones(LENGTH), torch.zeros(LENGTH))
 
 
@@ -129,65 +130,47 @@ def test_bf16_attends_in_fp32_on_the_cpu(autocast):
     assert torch.equal(mixed, exact.bfloat16())  # rounded once, at the end
 
 
-FUSED = functional.scaled_dot_product_attention
-
-
-def parts_of_attention():
-    numbers = torch.Generator().manual_seed(3)
-    shape = (ROWS, HEADS, LENGTH, DIM // HEADS)
-    return [torch.randn(shape, generator=numbers, requires_grad=True) for _ in range(3)]
-
-
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("rows_at_once", [1, 2, ROWS])
 @pytest.mark.parametrize("attend_by", [FUSED, product_attention])
 def test_rows_in_pieces_attend_as_all_at_once(masked, rows_at_once, attend_by, padding):
-    parts = parts_of_attention()
+    numbers = torch.Generator().manual_seed(3)
+    shape = (ROWS, HEADS, LENGTH, DIM // HEADS)
+    parts = [torch.randn(shape, generator=numbers, requires_grad=True) for _ in range(3)]
     holes = torch.zeros(ROWS, LENGTH).masked_fill(padding, -math.inf)[:, None, None, :]
     mask = holes.expand(ROWS, 1, LENGTH, LENGTH) if masked else None
-    upstream = torch.randn(parts[0].shape, generator=torch.Generator().manual_seed(4))
+    upstream = torch.randn(shape, generator=numbers)
     found = []
-    for pieces in (False, True):
-        way = partial(attention_module._attend_in_pieces, attend_by, rows_at_once) if pieces else FUSED
-        mixed = way(*parts, mask, 0.0, scale=0.7)
+    for attend_all in (FUSED, partial(attention_module._attend_in_pieces, attend_by, rows_at_once)):
+        mixed = attend_all(*parts, mask, 0.0, scale=0.7)
         found.append([mixed, *torch.autograd.grad(mixed, parts, upstream)])
     for whole, in_pieces in zip(*found, strict=True):
         torch.testing.assert_close(in_pieces, whole)
 
 
 def test_weights_are_dropped_and_the_others_grow():
-    query, key, _ = (torch.zeros(1, 1, 1000, 1) for _ in range(3))
+    same, value = torch.zeros(1, 1, 1000, 1), torch.ones(1, 1, 1000, 1)
     torch.manual_seed(0)
-    mixed = product_attention(query, key, torch.ones(1, 1, 1000, 1), dropout_p=0.5)
+    mixed = product_attention(same, same, value, dropout_p=0.5)
     assert mixed.mean() == pytest.approx(1.0, abs=0.01)
     assert mixed.std() == pytest.approx(1000**-0.5, rel=0.2)  # of a mean of 1,000 values that are 0 or 2
 
 
-@pytest.mark.parametrize(
-    ("device", "length", "way"),
-    [("cpu", 128, (product_attention, 32)), ("cpu", 129, FUSED), ("cuda", 8, (FUSED, 65_535))],
-)
-def test_rows_are_cut_for_products_on_the_cpu_and_for_kernels_on_cuda(device, length, way, monkeypatch):
-    """On CUDA no more than a kernel can number, on the CPU no more than its caches hold the logits of."""
+@pytest.mark.parametrize(("length", "pieces"), [(128, [32, 1]), (129, [])])
+def test_the_cpu_attends_by_products_to_rows_whose_logits_its_caches_hold(length, pieces, monkeypatch):
+    seen = []
 
-    class Rows(SimpleNamespace):
-        """What `attend` asks of a tensor, on a device that may not be here."""
+    def products(query, *others, **options):
+        seen.append(len(query))
+        return product_attention(query, *others, **options)
 
-        def float(self):
-            return self
+    monkeypatch.setattr(attention_module, "product_attention", products)
+    parts = torch.randn(3, 33, 2, length, 4, generator=torch.Generator().manual_seed(4))
+    torch.testing.assert_close(attend(*parts), FUSED(*parts))
+    assert seen == pieces
 
-        def to(self, _kind):
-            return self.way
 
-    def in_pieces(attend_by, rows, *_arguments):
-        found = (attend_by, rows)
-        return Rows(way=found) if device == "cpu" else found
-
-    monkeypatch.setattr(attention_module, "_attend_in_pieces", in_pieces)
-    monkeypatch.setattr(
-        functional,
-        "scaled_dot_product_attention",
-        FUSED if device == "cuda" else lambda *_, scale: Rows(way=FUSED),
-    )
-    tensor = Rows(device=torch.device(device), dtype=torch.float32, shape=(4, 2, length, 8))
-    assert attend(tensor, tensor, tensor) == way
+def test_rows_are_cut_on_cuda_where_a_kernel_could_not_number_them(monkeypatch):
+    monkeypatch.setattr(attention_module, "_attend_in_pieces", lambda attend_by, rows, *_: (attend_by, rows))
+    elsewhere = SimpleNamespace(device=torch.device("cuda"))
+    assert attend(elsewhere, elsewhere, elsewhere) == (FUSED, 65_535)
